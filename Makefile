@@ -1,0 +1,55 @@
+# make reproduce   the paper's experiments, as executed notebooks (runs/) and figures (figures/)
+# make test        all tests
+# Both do all set-up first, in .venv, once.
+
+PROFILE = embedded
+SNAKEMAKE_FLAGS =
+PYTHON = $(firstword $(foreach python,python3.11 python3.12 python3,$(shell $(python) -c $(SUPPORTED) 2>/dev/null && echo $(python))))
+SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
+PROFILES = $(sort $(patsubst workflow/profiles/%/config.yaml,%,$(wildcard workflow/profiles/*/config.yaml)))
+BIN = .venv/bin
+READY = .venv/.ready
+
+.PHONY: reproduce test export readme lab lock clean-run
+
+reproduce: known-profile $(READY)
+	@exec $(BIN)/snakemake --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
+	@echo "finished: notebooks in runs/$(PROFILE)/notebooks, figures and tables in figures/$(PROFILE)"
+
+test: $(READY)
+	@exec $(BIN)/python -m pytest --durations=10
+
+export: $(READY)  ## nbs/*.ipynb -> ssah_nb/*.py
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+readme: $(READY)  ## nbs/index.ipynb -> README.md; cells tagged remove_cell or remove_input leave it
+	@$(BIN)/jupyter nbconvert nbs/index.ipynb --execute --to markdown --output-dir . --output README.md --log-level ERROR \
+	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags remove_cell \
+	    --TagRemovePreprocessor.remove_input_tags remove_input
+	@sed -i.old 's#\.\./figures/#figures/#g' README.md && rm README.md.old
+
+lab: $(READY)
+	@exec $(BIN)/jupyter lab nbs
+
+lock: $(READY)  ## after a change in pyproject.toml: what this .venv then holds becomes the lock file
+	@$(BIN)/python -m pip install -e '.[train,test,dev]'
+	@{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > requirements.new
+	@mv requirements.new requirements.lock
+
+clean-run: known-profile  ## forget what a profile has run, so that it runs anew
+	@rm -rf runs/$(PROFILE)
+
+.PHONY: known-profile
+known-profile:
+	@case " $(PROFILES) " in *" $(PROFILE) "*) ;; \
+	    *) echo "error: unknown PROFILE '$(PROFILE)'; known: $(PROFILES)" >&2; exit 2 ;; esac
+
+$(READY): requirements.lock pyproject.toml
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }; \
+	    $(PYTHON) -c $(SUPPORTED) || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 2; }; \
+	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks venv; on Debian: apt install python3-venv" >&2; exit 2; }; \
+	    $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip install -r requirements.lock
+	@$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,154 @@
+"""Run one chapter: `python workflow/run_chapter.py PROFILE CHAPTER THREADS`, from the repository's root.
+
+The executed notebook appears under runs/PROFILE/notebooks only when the chapter has ended well; until then it is
+CHAPTER.partial.ipynb. What the chapter prints goes to runs/PROFILE/logs/CHAPTER.log, and to the terminal line by line.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+
+ENVIRONMENT = {
+    "IN_TEST": "1",  # nbdev leaves the exporting cells of a notebook alone
+    "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one of the same name in the user's home
+    "PYTHONHASHSEED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "SPYDER_LIKE": "1",  # tqdm.auto then draws bars as text, as in Spyder: a terminal has no widgets
+    "TQDM_MININTERVAL": "10",  # seconds between two progress lines of a loop
+    "TQDM_DELAY": "5",  # seconds before a loop prints any
+    "TQDM_NCOLS": "100",
+}
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be run; the message is one line."""
+
+
+def chapters() -> list[str]:
+    return sorted(path.stem for path in Path("nbs").glob("[0-9][0-9]_*.ipynb"))
+
+
+def read_profile(profile: str) -> dict:
+    folder = Path("workflow/profiles")
+    known = sorted(path.parent.name for path in folder.glob("*/parameters.yaml"))
+    if profile not in known:
+        raise ProfileError(f"unknown profile {profile!r}; known: {', '.join(known)}")
+    return yaml.safe_load((folder / profile / "parameters.yaml").read_text()) or {}
+
+
+def profile_parameters(profile: str) -> dict[str, dict]:
+    """The parameters of every chapter under a profile. A common parameter goes to each chapter that has it."""
+    settings = read_profile(profile)
+    where = f"workflow/profiles/{profile}/parameters.yaml"
+    common = settings.get("common") or {}
+    has = {chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb")) for chapter in chapters()}
+    for key in settings.keys() - {"hub", "common"} - has.keys():
+        raise ProfileError(f"{where}: unknown chapter {key!r}; known: {', '.join(has)}")
+    for name in common:
+        if not any(name in names for names in has.values()):
+            raise ProfileError(f"{where}: no chapter has the common parameter {name!r}")
+    for chapter, names in has.items():
+        for name in (settings.get(chapter) or {}).keys() - set(names):
+            raise ProfileError(f"{where}: {chapter} has no parameter {name!r}; it has: {', '.join(names) or 'none'}")
+    return {
+        chapter: {name: value for name, value in common.items() if name in names} | (settings.get(chapter) or {})
+        for chapter, names in has.items()
+    }
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent has ended, however that ended."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Lines:
+    """A stream that copies what a chapter prints to its log, and to the terminal as whole lines that name the chapter."""
+
+    def __init__(self, chapter, log):
+        self.chapter, self.log, self.rest, self.last = chapter, log, "", ""
+
+    def write(self, text):
+        self.log.write(text)
+        *lines, self.rest = re.split(r"[\r\n]", self.rest + text)
+        for line in lines:
+            if line.strip() and line != self.last:  # a bar draws its last state twice
+                print(f"  {self.chapter} | {line.rstrip()}", flush=True)
+            self.last = line
+
+    def flush(self):
+        self.log.flush()
+
+
+def drop_progress(path: Path) -> None:
+    """Take the progress bars out of an executed notebook; the log has them."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" or (output.text.strip() and not output.text.startswith("\r"))
+            ]
+    nbformat.write(notebook, path)
+
+
+def run(profile: str, chapter: str, threads: str) -> None:
+    if chapter not in chapters():
+        raise ProfileError(f"unknown chapter {chapter!r}; known: {', '.join(chapters())}")
+    parameters = profile_parameters(profile)[chapter]
+    os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=threads)
+    if not read_profile(profile).get("hub"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    done = Path(f"runs/{profile}/notebooks/{chapter}.ipynb")
+    partial = done.with_suffix(".partial.ipynb")
+    log_path = Path(f"runs/{profile}/logs/{chapter}.log")
+    for path in (done, log_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    place = f"[{chapters().index(chapter) + 1}/{len(chapters())}] {chapter}"
+    print(f"{place}: start", flush=True)
+    start = time.monotonic()
+    with open(log_path, "w") as log:
+        lines = Lines(chapter, log)
+        try:
+            papermill.execute_notebook(
+                f"nbs/{chapter}.ipynb",
+                partial,
+                parameters,
+                cwd=".",
+                progress_bar=False,
+                stdout_file=lines,
+                stderr_file=lines,
+                extra_arguments=["--log-level=CRITICAL"],  # no warning at each start that a local kernel is not encrypted
+            )
+        except KeyboardInterrupt:
+            sys.exit(f"{place}: stopped; the same command takes it up again")
+        except Exception as error:
+            traceback.print_exc(file=log)
+            what = f"{error.ename}: {error.evalue}" if isinstance(error, papermill.PapermillExecutionError) else repr(error)
+            sys.exit(f"{place}: failed: {what} (whole traceback: {log_path})")
+    drop_progress(partial)
+    os.replace(partial, done)
+    print(f"{place}: done in {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    try:
+        run(*sys.argv[1:])
+    except ProfileError as error:
+        sys.exit(f"error: {error}")
