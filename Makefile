@@ -23,7 +23,8 @@ export: $(READY)  ## nbs/*.ipynb -> ssah_nb/*.py
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 
 readme: $(READY)  ## nbs/index.ipynb -> README.md; cells tagged remove_cell or remove_input leave it
-	@$(BIN)/jupyter nbconvert nbs/index.ipynb --execute --to markdown --output-dir . --output README.md --log-level ERROR \
+	@$(BIN)/jupyter nbconvert nbs/index.ipynb --execute --to notebook --output-dir runs/readme --log-level ERROR
+	@$(BIN)/jupyter nbconvert runs/readme/index.ipynb --to markdown --output-dir . --output README --log-level ERROR \
 	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags remove_cell \
 	    --TagRemovePreprocessor.remove_input_tags remove_input
 	@sed -i.old 's#\.\./figures/#figures/#g' README.md && rm README.md.old
@@ -47,7 +48,7 @@ known-profile:
 $(READY): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	    test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }; \
-	    $(PYTHON) -c $(SUPPORTED) || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 2; }; \
+	    $(PYTHON) -c $(SUPPORTED) 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 2; }; \
 	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks venv; on Debian: apt install python3-venv" >&2; exit 2; }; \
 	    $(PYTHON) -m venv .venv; }
 	@$(BIN)/python -m pip install -r requirements.lock
