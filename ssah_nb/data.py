@@ -6,7 +6,7 @@
 __all__ = ['WHEELS', 'BENIGN_SPLITS', 'PROMPT_ONLY', 'ALPACA', 'SOURCES', 'SAFETY_PHRASES', 'SIZES', 'TOY_SIZES', 'Source',
            'source_list', 'task_list', 'hub_list', 'find_source', 'toy_harmful', 'toy_benign', 'read_rows', 'to_pairs',
            'hub_rows', 'wheel_rows', 'without_safety_phrases', 'normalised', 'Splits', 'prompt_groups', 'take',
-           'check_sizes', 'make_splits', 'load_pairs', 'local_task_file', 'count_rows', 'source_table']
+           'check_sizes', 'make_splits', 'load_splits', 'load_pairs', 'local_task_file', 'count_rows', 'source_table']
 
 # %% ../nbs/02_data.ipynb #cell-02
 import csv
@@ -25,7 +25,7 @@ import yaml
 from datasets import Dataset, load_dataset
 
 from .models import EMBEDDED
-from .setup import SsahError, wheel_member, write_atomic
+from .setup import Run, SsahError, wheel_member, write_atomic
 
 # %% ../nbs/02_data.ipynb #cell-06
 @dataclass(frozen=True)
@@ -341,6 +341,14 @@ def make_splits(
     return Splits(splits)
 
 # %% ../nbs/02_data.ipynb #cell-41
+def load_splits(run: Run) -> Splits:  # the run
+    "The splits of this run. Raises `SsahError` when this chapter has not run."
+    path = run.path("splits.json")
+    if path.exists(): return Splits.load(path)
+    if run.profile == "smoke": return make_splits(toy_harmful(), toy_benign(), sizes=TOY_SIZES)
+    raise SsahError(f"no splits in {path}; run chapter 02_data, or `make reproduce PROFILE={run.profile}`")
+
+# %% ../nbs/02_data.ipynb #cell-43
 def load_pairs(
     name: str,                       # a key of SOURCES
     split: str | None = None,        # one of the source's splits; None: all rows
@@ -362,14 +370,14 @@ def load_pairs(
     if split is None or known.splits == (split,): return pairs
     return make_splits(**{known.kind: pairs}, seed=seed, sizes=TOY_SIZES if name.startswith("toy_") else None)[known.kind, split]
 
-# %% ../nbs/02_data.ipynb #cell-43
+# %% ../nbs/02_data.ipynb #cell-45
 def local_task_file(task: str) -> Path:  # "boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "openbookqa", ...
     "The file of a zero-shot task in the cache (arrow, or jsonl.gz). Raises `SsahError` that lists the tasks."
     tasks = [source.name for source in SOURCES.values() if source.kind == "task"]
     if task not in tasks: raise SsahError(f"unknown task {task!r}; use one of {', '.join(tasks)}")
     return wheel_member(SOURCES[task].wheel, WHEELS[SOURCES[task].wheel], SOURCES[task].members[0])
 
-# %% ../nbs/02_data.ipynb #cell-44
+# %% ../nbs/02_data.ipynb #cell-46
 def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy data
     "The rows that a source has here, counted: tables in arrow files, pairs in others, one for a model file."
     if source.columns or not source.wheel: return len(load_pairs(source.name))

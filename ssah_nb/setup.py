@@ -79,7 +79,7 @@ def progress(
     total: int | None = None,  # number of items, when `iterable` has no length
 ) -> Iterable:
     "`iterable`, with a progress bar unless progress is switched off."
-    return tqdm(iterable, desc=desc, total=total, disable=os.environ.get("SSAH_PROGRESS", "1") == "0", leave=False, mininterval=1)
+    return tqdm(iterable, desc=desc, total=total, disable=os.environ.get("SSAH_PROGRESS", "1") == "0", leave=False)
 
 # %% ../nbs/00_setup.ipynb #cell-15
 def write_atomic(
@@ -123,9 +123,10 @@ def _pip_download(
     if pip.returncode == 0 and wheels: return wheels[0]
     if "No module named pip" in pip.stderr:
         raise SsahError(f"cannot fetch {requirement}: this Python has no pip; run '{sys.executable} -m ensurepip' and try again")
-    said = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or pip.stderr.splitlines() or ["nothing"]
-    raise SsahError(f"cannot fetch {requirement} (pip said: {said[-1].strip()}); check the network and pip's index and proxy "
-                    f"('pip config list'), or put the wheel file into {folder.parent}")
+    last = (pip.stderr.strip().splitlines() or ["nothing"])[-1]
+    why = "no network: pip could not reach its index" if "Retrying" in pip.stderr else f"pip said: {last}"
+    raise SsahError(f"cannot fetch {requirement} ({why}); check the network and pip's index and proxy ('pip config list'), "
+                    f"or put the wheel file into {folder.parent}")
 
 # %% ../nbs/00_setup.ipynb #cell-21
 def fetch_wheel(
