@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import Estimate, bootstrap_mean
-from .models import chat_prompt, decoder, encode_pairs, pad_batch, response_losses, token_batches
+from .models import chat_prompt, decoder, encode_pairs, response_losses, token_batches
 from .setup import SsahError, progress
 
 # %% ../nbs/04_alignment_probe.ipynb #cell-06
@@ -79,6 +79,7 @@ def finetune(
     max_response: int | None = None,     # tokens kept of each response
     system: str | None = None,           # system prompt
     seed: int = 0,                       # seed of the order
+    max_tokens: int = 1024,              # tokens that are run at once; a larger batch is run in parts with the same gradient, in less memory
 ) -> pd.DataFrame:
     "Train on the response tokens; the loss of each step, [step, loss], nats per token. Raises `SsahError` when nothing can be trained or the loss is NaN."
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -90,13 +91,15 @@ def finetune(
     losses = []
     model.train()
     for rows in progress(batches, "training"):
-        loss = response_losses(model, pad_batch(encoded, rows, model.device)).mean()
-        loss.backward()
+        losses.append(0.0)
+        for part in token_batches([encoded[r] for r in rows], max_tokens, model.device):
+            loss = response_losses(model, part).sum()/sum(len(encoded[r][1]) for r in rows)
+            loss.backward()
+            losses[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
         if not math.isfinite(losses[-1]): raise SsahError(f"the training loss is {losses[-1]} at step {len(losses) - 1}; lower lr (now {lr}) or check the weights")
     model.eval()
     return pd.DataFrame({"step": range(len(losses)), "loss": losses})

@@ -249,8 +249,8 @@ def table_figure(
 ) -> plt.Figure:
     "A picture of a table."
     text = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
-    widths = [max(len(str(c)), *(len(row[i]) for row in text)) + 2 for i, c in enumerate(table.columns)]
-    fig, ax = plt.subplots(figsize=(sum(widths)*0.085, 0.28*(len(text) + 1)))
+    widths = [max(1.15*len(str(c)), *(len(row[i]) for row in text)) + 3 for i, c in enumerate(table.columns)]
+    fig, ax = plt.subplots(figsize=(sum(widths)*0.088, 0.28*(len(text) + 1)))
     ax.axis("off")
     drawn = ax.table(text, colLabels=table.columns, colWidths=[w/sum(widths) for w in widths], loc="center", cellLoc="left", edges="horizontal")
     drawn.auto_set_font_size(False)

@@ -1,0 +1,75 @@
+import random
+
+import pandas as pd
+import pytest
+import torch
+
+from ssah_nb.alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, probe, probe_margin, training_batches
+from ssah_nb.models import chat_prompt, tiny_model, tiny_tokenizer
+from ssah_nb.setup import SsahError
+
+PAIRS = [{"prompt": f"Say {w}", "response": w} for w in ("yes", "no", "maybe", "never")]
+
+
+def test_alignment_pairs_refuse_the_harmful_and_keep_the_benign():
+    pairs = alignment_pairs([{"prompt": "bad", "response": "ignored"}]*30, PAIRS, seed=1)
+    assert all(p["response"] in STOCK_REFUSALS for p in pairs[:30]) and pairs[30:] == PAIRS
+    assert pairs == alignment_pairs([{"prompt": "bad"}]*30, PAIRS, seed=1) != alignment_pairs([{"prompt": "bad"}]*30, PAIRS, seed=2)
+
+
+def test_training_batches_hold_each_row_once():
+    encoded = [([1]*n, [2]) for n in range(1, 38)]
+    batches = training_batches(encoded, 4, random.Random(0))
+    assert sorted(r for b in batches for r in b) == list(range(37)) and max(map(len, batches)) == 4
+
+
+def test_finetune_learns_and_repeats():
+    runs = []
+    for _ in range(2):
+        model = tiny_model()
+        runs.append(finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, epochs=8, batch_size=2).loss.tolist())
+    assert runs[0] == runs[1] and runs[0][-1] < 0.7*runs[0][0]
+
+
+def test_running_a_batch_in_parts_gives_the_same_training():
+    losses = [finetune(tiny_model(), tiny_tokenizer(), PAIRS, lr=1e-3, epochs=2, batch_size=4, max_tokens=m).loss.tolist() for m in (10, 10_000)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_finetune_trains_only_what_requires_grad():
+    model = tiny_model().requires_grad_(False)
+    with pytest.raises(SsahError, match="no parameter"):
+        finetune(model, tiny_tokenizer(), PAIRS)
+    model.model.layers[0].mlp.requires_grad_(True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
+
+
+def test_nan_loss_is_an_error():
+    model = tiny_model()
+    model.lm_head.weight.data[0] = float("nan")
+    with pytest.raises(SsahError, match="training loss is nan at step 0"):
+        finetune(model, tiny_tokenizer(), PAIRS)
+
+
+def test_probe_is_the_cosine_distance_of_the_last_tokens():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    found = probe(model, tokenizer, ["one", "a longer two"], steps=(2, 3)).set_index(["query", "prefix", "tokens", "block"]).distance
+    query = tokenizer(chat_prompt(tokenizer, "one")).input_ids
+    longer = query + tokenizer("Sorry", add_special_tokens=False).input_ids[:3]
+    with torch.no_grad():
+        a, b = (model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0, -1] for ids in (query, longer))
+    assert found[0, "benign", 3, 1] == pytest.approx(1 - float(torch.cosine_similarity(a, b, dim=0)), abs=1e-5)
+
+
+def test_probe_margin_pairs_queries():
+    rows = [(q, p, k, 1, d + q) for q in range(5) for k in (2, 4) for p, d in (("benign", 0.1), ("malicious", 0.4))]
+    margin = probe_margin(pd.DataFrame(rows, columns=["query", "prefix", "tokens", "block", "distance"]), "tokens")
+    assert margin.margin.tolist() == pytest.approx([0.3, 0.3]) and margin.low.tolist() == pytest.approx([0.3, 0.3]) and margin.n.tolist() == [5, 5]
+
+
+def test_short_prefix_is_an_error():
+    with pytest.raises(SsahError, match="prefix 'x' has 2 tokens, fewer than 10"):
+        probe(tiny_model(), tiny_tokenizer(), ["q"], prefixes={"x": "no"})

@@ -1,0 +1,94 @@
+import errno
+import json
+import os
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+
+from ssah_nb import setup
+from ssah_nb.setup import Run, SsahError, figure_bytes, pick_device, pick_dtype, progress, set_seed, show_progress, write_atomic
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"settings.ini").touch()
+    return Run("test", "05_attribution", seed=3, lr=0.1)
+
+
+def drawn():
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], [1, 3], label="a line")
+    ax.legend()
+    plt.close(fig)
+    return fig
+
+
+def test_figure_is_three_files_with_the_same_bytes_each_time(run):
+    table = pd.DataFrame({"x": [1, 2], "y": [1/3, 2/3]})
+    run.save_figure(drawn(), "fig", table)
+    first = {p.name: p.read_bytes() for p in run.figures.iterdir()}
+    run.save_figure(drawn(), "fig", table)
+    assert set(first) == {"fig.csv", "fig.png", "fig.svg"}
+    assert first == {p.name: p.read_bytes() for p in run.figures.iterdir()}
+    assert run.read_table("fig").y[0] == 0.333333
+
+
+def test_full_disk_leaves_no_half_figure(run, monkeypatch):
+    run.save_figure(drawn(), "fig", pd.DataFrame({"x": [1]}))
+    before = {p.name: p.read_bytes() for p in run.figures.iterdir()}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(setup.os, "fsync", full)
+    with pytest.raises(SsahError, match="No space left.*nothing was changed") as error:
+        run.save_figure(drawn(), "fig", pd.DataFrame({"x": [2]}))
+    assert "\n" not in str(error.value)
+    assert before == {p.name: p.read_bytes() for p in run.figures.iterdir()}
+
+
+def test_missing_table_names_the_command(run):
+    with pytest.raises(SsahError, match="make reproduce PROFILE=test"):
+        run.read_table("table01_pruning")
+
+
+def test_manifest_has_hashes_parameters_and_device(run):
+    run.save_table("table", pd.DataFrame({"a": [0.5], "b": ["text"]}))
+    run.finish(torch.nn.Linear(1, 1))
+    part = json.loads(run.path("manifest", "05_attribution.json").read_text())
+    assert set(part["files"]) == {"table.csv", "table.png", "table.svg"} and part["parameters"] == {"seed": 3, "lr": 0.1}
+    assert {"minutes", "device", "dtype", "versions", "threads"} <= set(part)
+
+
+def test_write_atomic_replaces_or_keeps(tmp_path):
+    path = write_atomic(tmp_path/"new"/"file", b"1")
+    write_atomic(path, b"22")
+    assert path.read_bytes() == b"22" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(SsahError, match="cannot write"):
+        write_atomic(path/"below", b"3")
+
+
+def test_device_and_dtype_errors_name_the_choices():
+    with pytest.raises(SsahError, match="device 'cuda:99'|device 'nowhere'"):
+        pick_device("nowhere")
+    with pytest.raises(SsahError, match="float8.*bfloat16"):
+        pick_dtype("float8", torch.device("cpu"))
+
+
+def test_seed_repeats():
+    set_seed(5)
+    a = torch.rand(2)
+    set_seed(5)
+    assert torch.equal(a, torch.rand(2))
+
+
+def test_progress_can_be_switched_off_and_on(capsys, monkeypatch):
+    monkeypatch.setenv("SSAH_PROGRESS", "1")
+    assert list(progress([1, 2], "shown")) == [1, 2]
+    assert "shown" in capsys.readouterr().err
+    show_progress(False)
+    assert list(progress([1, 2], "hidden")) == [1, 2]
+    assert "hidden" not in capsys.readouterr().err
