@@ -431,7 +431,7 @@ def safety_report(
     benign_responses: Sequence[str] | None = None,  # to the benign prompts; None: the model generates them
     window: int | None = 120,                       # characters that a keyword judge reads
     max_new_tokens: int = 24,                       # tokens of a response
-    max_response: int | None = None,                # tokens of a reference response that count for perplexity; None: all
+    max_response: int | None = 64,                  # tokens of a reference response that count for perplexity; None: all
     batch_size: int = 50,                           # prompts side by side
 ) -> dict[str, float]:
     "Attack success, the same among coherent responses, coherence, over-refusal and response perplexity, each with its interval and n."

@@ -249,10 +249,11 @@ def table_figure(
 ) -> plt.Figure:
     "A picture of a table."
     text = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
-    widths = [max(1.15*len(str(c)), *(len(row[i]) for row in text)) + 3 for i, c in enumerate(table.columns)]
+    names = [str(c).replace("_", " ") for c in table.columns]
+    widths = [max(1.2*len(name), *(len(row[i]) for row in text)) + 3 for i, name in enumerate(names)]
     fig, ax = plt.subplots(figsize=(sum(widths)*0.088, 0.28*(len(text) + 1)))
     ax.axis("off")
-    drawn = ax.table(text, colLabels=table.columns, colWidths=[w/sum(widths) for w in widths], loc="center", cellLoc="left", edges="horizontal")
+    drawn = ax.table(text, colLabels=names, colWidths=[w/sum(widths) for w in widths], loc="center", cellLoc="left", colLoc="left", edges="horizontal")
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(9)
     drawn.scale(1, 1.3)
