@@ -94,6 +94,7 @@ class SplitLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
         frozen, trained, bias = self.frozen_weight.detach(), self.trained_weight, None  # detached: not even requires_grad_(True) trains it
         if "bias" in self.flags: bias = assemble(self.frozen_bias.detach(), self.trained_bias, self.order, x.dtype)
+        if not len(trained): return F.linear(x, frozen.movedim(0, self.dim), bias)
         if x.numel() >= FEW*self.in_features: return SplitProduct.apply(x, trained, frozen, bias, self.order, self.dim)
         if self.dim == 0: y = torch.cat([F.linear(x, frozen), F.linear(x, trained)], -1).index_select(-1, self.inverse)
         else:
