@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'COLOURS', 'RATIO_OF', 'UnitMask', 'UnitMap', 'split_units', 'check_ratios', 'check_same_model',
-           'top_units', 'classify', 'load_units', 'chosen_channels', 'check_mask', 'pruned', 'keep_rows',
-           'keep_columns', 'shrink', 'prune', 'load_pruned', 'search_scu']
+           'top_units', 'classify', 'load_units', 'chosen_channels', 'check_mask', 'plain_linear', 'pruned',
+           'keep_rows', 'keep_columns', 'shrink', 'prune', 'load_pruned', 'search_scu']
 
 # %% ../nbs/06_classes.ipynb #cell-02
 import copy
@@ -19,25 +19,32 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .attribution import Importance, Scores, load_scores, signature
-from .models import decoder, depth_two
+from .attribution import Importance, Scores, check_same_scoring, load_scores, signature
+from .models import depth_two, first_line
 from .setup import Run, SsahError, write_atomic
 
 # %% ../nbs/06_classes.ipynb #cell-06
 @dataclass(frozen=True, eq=False)
 class UnitMask:
     "A set of units. Combine with | & ~ and -; len() counts them."
-    mlp: torch.Tensor        # bool [layers, channels]
-    attention: torch.Tensor  # bool [layers, heads]
+    mlp: torch.Tensor          # bool [layers, channels]
+    attention: torch.Tensor    # bool [layers, heads]
+    model: dict | None = None  # signature of the model that the units belong to; None: any of this shape
 
-    def __or__(self, other): return UnitMask(self.mlp | other.mlp, self.attention | other.attention)
-    def __and__(self, other): return UnitMask(self.mlp & other.mlp, self.attention & other.attention)
+    def combined(self, other: "UnitMask", how: Callable) -> "UnitMask":  # a logical operation of two bool tensors
+        "Raises `SsahError` for masks of two models."
+        if self.mlp.shape != other.mlp.shape or self.attention.shape != other.attention.shape or (self.model and other.model and self.model != other.model):
+            raise SsahError("the two masks belong to different models; combine masks of one model")
+        return UnitMask(how(self.mlp, other.mlp), how(self.attention, other.attention), self.model or other.model)
+
+    def __or__(self, other): return self.combined(other, torch.logical_or)
+    def __and__(self, other): return self.combined(other, torch.logical_and)
     def __sub__(self, other): return self & ~other
-    def __invert__(self): return UnitMask(~self.mlp, ~self.attention)
+    def __invert__(self): return UnitMask(~self.mlp, ~self.attention, self.model)
     def __len__(self): return int(self.mlp.sum() + self.attention.sum())
-    def __eq__(self, other): return torch.equal(self.mlp, other.mlp) and torch.equal(self.attention, other.attention)
+    def __eq__(self, other): return isinstance(other, UnitMask) and torch.equal(self.mlp, other.mlp) and torch.equal(self.attention, other.attention)
 
     def random_like(
         self,
@@ -45,16 +52,17 @@ class UnitMask:
         per_layer: bool = False,  # as many in each layer as here, else only as many in total
         among: "UnitMask | None" = None,  # choose among these units only
     ) -> "UnitMask":
-        "A control: as many random channels and heads as this mask has."
+        "A control: as many random channels and heads as this mask has. Raises `SsahError` when there are not so many to choose among."
         chosen = torch.Generator().manual_seed(seed)
         def draw(mask, pool):
             key = torch.rand(mask.shape, generator=chosen).masked_fill(~pool, -1.0)
             if not per_layer: key, mask = key.flatten()[None], mask.flatten()[None]
+            if (mask.sum(1) > (key >= 0).sum(1)).any(): raise SsahError("there are fewer units to choose among than this mask has; widen `among`")
             drawn = torch.zeros_like(mask)
             for row, (k, count) in enumerate(zip(key, mask.sum(1).tolist())): drawn[row, k.topk(count).indices] = True
             return drawn.view_as(pool)
-        pool = among or UnitMask(torch.ones_like(self.mlp), torch.ones_like(self.attention))
-        return UnitMask(draw(self.mlp, pool.mlp), draw(self.attention, pool.attention))
+        pool = (self | ~self) if among is None else among & (self | ~self)
+        return UnitMask(draw(self.mlp, pool.mlp), draw(self.attention, pool.attention), pool.model)
 
 # %% ../nbs/06_classes.ipynb #cell-08
 CLASSES = ("SCU", "UCU", "CU", "RU", "UU")  # safety critical, utility critical, complex, redundant; utility (of an unaligned model)
@@ -71,7 +79,7 @@ class UnitMap:
     def units(self, *names: str) -> UnitMask:  # e.g. "SCU", "CU"
         "The units of these classes."
         codes = torch.tensor([CLASSES.index(n) for n in names], dtype=torch.uint8)
-        return UnitMask(torch.isin(self.mlp, codes), torch.isin(self.attention, codes))
+        return UnitMask(torch.isin(self.mlp, codes), torch.isin(self.attention, codes), self.info.get("model"))
 
     scu = property(lambda self: self.units("SCU"), doc="Safety critical units.")
     ucu = property(lambda self: self.units("UCU"), doc="Utility critical units.")
@@ -86,7 +94,7 @@ class UnitMap:
         score = torch.cat([self.order.mlp.masked_fill(~cu.mlp, -torch.inf).flatten(), self.order.attention.masked_fill(~cu.attention, -torch.inf).flatten()])
         chosen = torch.zeros_like(score, dtype=torch.bool)
         chosen[score.topk(min(round(share*len(score)), len(cu))).indices] = True
-        return split_units(chosen, self.mlp.shape, self.attention.shape)
+        return split_units(chosen, self.mlp.shape, self.attention.shape, self.info.get("model"))
 
     def share(self, mask: UnitMask) -> dict[str, float]:
         "A mask's share of all units, of all parameters that belong to units, and of all parameters of the model."
@@ -127,9 +135,10 @@ def split_units(
     flat: torch.Tensor,  # [all units], MLP channels first
     mlp: torch.Size,     # (layers, channels)
     attention: torch.Size,  # (layers, heads)
+    model: dict | None = None,  # signature of the model that the units belong to
 ) -> UnitMask:
     "A flat choice over all units as a mask."
-    return UnitMask(flat[:mlp.numel()].view(mlp), flat[mlp.numel():].view(attention))
+    return UnitMask(flat[:mlp.numel()].view(mlp), flat[mlp.numel():].view(attention), model)
 
 def check_ratios(**ratios: float):  # each 0 to 1
     "Raise `SsahError` for a ratio outside 0 to 1, or ratios that together exceed 1."
@@ -138,12 +147,12 @@ def check_ratios(**ratios: float):  # each 0 to 1
     if sum(ratios.values()) > 1: raise SsahError(f"ratios {ratios} overlap: together they are more than 1; lower one of them")
 
 def check_same_model(
-    info: dict,        # of a unit map or an importance
+    mine: dict,        # the signature in a mask, a unit map's info or an importance's info
     model: nn.Module,  # the model it is used on
 ):
     "Raise `SsahError` when the units belong to another model."
-    mine, other = info["model"], signature(model)
-    wrong = [f"{k} {mine[k]} instead of {other[k]}" for k in other if mine[k] != other[k]]
+    other = signature(model)
+    wrong = [f"{k} {mine.get(k)} instead of {other[k]}" for k in other if mine.get(k) != other[k]]
     if wrong: raise SsahError(f"these units belong to another model ({', '.join(wrong)}); classify this model's own units")
 
 # %% ../nbs/06_classes.ipynb #cell-11
@@ -164,7 +173,7 @@ def top_units(
     order = torch.cat([scores.mlp.flatten(), scores.attention.flatten()]).argsort(descending=True, stable=True)
     chosen = torch.zeros(len(order), dtype=torch.bool)
     chosen[order[:int((weight[order].cumsum(0) <= target*(1 + 1e-9)).sum())]] = True
-    return split_units(chosen, scores.mlp.shape, scores.attention.shape)
+    return split_units(chosen, scores.mlp.shape, scores.attention.shape, info.get("model"))
 
 # %% ../nbs/06_classes.ipynb #cell-12
 def classify(
@@ -178,7 +187,7 @@ def classify(
 ) -> UnitMap:
     "The class of every unit (paper, section 3). Raises `SsahError` for bad ratios or importances of two models."
     check_ratios(**({"ru": ru} if safety is None else {"scu": scu, "ucu": ucu, "ru": ru}))
-    if safety and safety.info["model"] != utility.info["model"]: raise SsahError("the two importances belong to different models; score both sets on one model")
+    if safety: check_same_scoring(safety, utility)
     info, u = utility.info, utility.standardized(square_attention)
     if safety is None:
         order, rest, layers = u, "UU", [("RU", top_units(-u, ru, info, ratio_of))]
@@ -186,6 +195,7 @@ def classify(
         s = safety.standardized(square_attention)
         order, rest = s - u, "CU"
         layers = [("RU", top_units(-(s + u), ru, info, ratio_of)), ("UCU", top_units(-order, ucu, info, ratio_of)), ("SCU", top_units(order, scu, info, ratio_of))]
+        if len(layers[1][1] & layers[2][1]): raise SsahError(f"the ratios scu={scu} and ucu={ucu} overlap; lower one of them")
     mlp, attention = (torch.full_like(x, CLASSES.index(rest), dtype=torch.uint8) for x in (order.mlp, order.attention))
     for name, mask in layers:  # later ones take precedence
         mlp[mask.mlp], attention[mask.attention] = CLASSES.index(name), CLASSES.index(name)
@@ -208,10 +218,18 @@ def chosen_channels(mask: UnitMask, kind: str, layer: int, width: int) -> torch.
     return getattr(mask, kind)[layer].repeat_interleave(width)
 
 def check_mask(mask: UnitMask, model: nn.Module):
-    "Raise `SsahError` when the mask's shape is not the model's."
+    "Raise `SsahError` when the mask is none, or another model's."
+    if not isinstance(mask, UnitMask): raise SsahError(f"a {type(mask).__name__} does not choose units; pass a UnitMask such as units.scu")
+    if mask.model: check_same_model(mask.model, model)
     for kind, modules in depth_two(model).items():
         got, wanted = tuple(getattr(mask, kind).shape), (len(modules), modules[0].units)
         if got != wanted: raise SsahError(f"the mask has {kind} units of shape {got}, the model {wanted}; it belongs to another model")
+
+def plain_linear(model: nn.Module, name: str) -> nn.Linear:
+    "The linear of this name. Raises `SsahError` when its weight cannot be cut or changed in place."
+    linear = model.get_submodule(name)
+    if type(linear) is nn.Linear and linear.weight.is_floating_point() and not linear.weight.is_meta: return linear
+    raise SsahError(f"{name} is a {type(linear).__name__} whose weight is frozen apart, quantized, offloaded or has an adapter; merge(model) or load it whole first")
 
 @contextmanager
 def pruned(
@@ -221,13 +239,13 @@ def pruned(
 ) -> Iterator[PreTrainedModel]:
     "The model without these units (paper, Table 1). Raises `SsahError` for a mask of another model."
     check_mask(mask, model)
-    if compensate: check_same_model(compensate.info, model)
+    if compensate: check_same_model(compensate.info["model"], model)
     kept, handles = [], []
     try:
         with torch.no_grad():
             for kind, modules in depth_two(model).items():
                 for layer, module in enumerate(modules):
-                    b, off = model.get_submodule(module.b), chosen_channels(mask, kind, layer, module.width)
+                    b, off = plain_linear(model, module.b), chosen_channels(mask, kind, layer, module.width)
                     if not off.any(): continue
                     off = off.to(b.weight.device)
                     columns = b.weight[:, off].clone()
@@ -276,7 +294,10 @@ def prune(
     mask: UnitMask,          # units to remove
 ) -> PreTrainedModel:
     "A smaller copy without these units, equal to `pruned` in function. Each layer keeps at least one channel and one group of heads."
+    if hasattr(model.config, "ssah_kept"): raise SsahError("the model is pruned already; prune the original by both masks at once: first | second")
     check_mask(mask, model)
+    for module in (m for modules in depth_two(model).values() for m in modules):
+        for name, _ in module.a + module.shared: plain_linear(model, name)
     with pruned(model, mask): smaller = copy.deepcopy(model)
     modules = depth_two(smaller)
     heads = (~mask.attention).unflatten(1, (-1, modules["attention"][0].group)).any(-1, keepdim=True)  # a group stays while one of its heads does
@@ -294,8 +315,9 @@ def load_pruned(
     folder: str | Path,            # where a pruned model's save_pretrained wrote
     dtype: torch.dtype = torch.float32,  # of the weights
 ) -> PreTrainedModel:
-    "A model that `prune` made, from its checkpoint."
-    config = AutoConfig.from_pretrained(folder)
+    "A model that `prune` made, from its checkpoint. Raises `SsahError` when the folder holds something else."
+    try: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as e: raise SsahError(f"no pruned model in {folder} ({first_line(e)}); write one with prune(...).save_pretrained(folder)") from None
     if not hasattr(config, "ssah_kept"): raise SsahError(f"{folder} holds no pruned model; load it with load_model")
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     kept = {}
@@ -304,9 +326,12 @@ def load_pruned(
         for row, indices in zip(kept[kind], config.ssah_kept[kind]): row[indices] = True
     shrink(model, kept)
     weights = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - set(getattr(model, "_tied_weights_keys", None) or ()): raise SsahError(f"{folder} does not fit its config; save the pruned model again")
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    try: missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError: missing, unexpected = weights, weights  # a shape that differs
+    if unexpected or set(missing) - tied: raise SsahError(f"the weights in {folder} do not fit its config; save the pruned model again")
     model.tie_weights()
+    if (Path(folder)/"generation_config.json").exists(): model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 # %% ../nbs/06_classes.ipynb #cell-23
@@ -319,16 +344,19 @@ def search_scu(
     **classify_options,                    # ucu, ru, ratio_of, square_attention
 ) -> tuple[float, pd.DataFrame]:
     "The chosen ratio, and the table of what was measured: [scu, units, attack_success, perplexity, steady, lowers_safety, chosen]."
+    ratios = sorted(ratios, reverse=True)
+    if not ratios: raise SsahError("no ratios to search; give at least one, e.g. [0.02, 0.01]")
     none = UnitMask(torch.zeros_like(safety.mlp, dtype=torch.bool), torch.zeros_like(safety.attention, dtype=torch.bool))
     dense_attack, dense_perplexity = measure(none)
     rows = [{"scu": 0.0, "units": 0, "attack_success": dense_attack, "perplexity": dense_perplexity, "steady": True, "lowers_safety": False}]
-    for ratio in sorted(ratios, reverse=True):
+    for ratio in ratios:
         mask = classify(safety, utility, scu=ratio, **classify_options).scu
         attack, perplexity = measure(mask)
         rows.append({"scu": ratio, "units": len(mask), "attack_success": attack, "perplexity": perplexity,
                      "steady": perplexity <= max_perplexity_ratio*dense_perplexity, "lowers_safety": attack > dense_attack + 0.1})
         if rows[-1]["steady"] and rows[-1]["lowers_safety"]: break
     table = pd.DataFrame(rows)
-    found = table[table.steady & table.lowers_safety]
-    chosen = found.scu.max() if len(found) else table[table.steady & (table.scu > 0)].scu.max() if (table.steady & (table.scu > 0)).any() else min(ratios)
+    steady = table[1:][table.steady[1:]]
+    found = steady[steady.lowers_safety]
+    chosen = found.scu.max() if len(found) else steady.scu.max() if len(steady) else ratios[-1]
     return float(chosen), table.assign(chosen=table.scu == chosen)

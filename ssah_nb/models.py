@@ -265,14 +265,14 @@ def depth_two(
     "The model's depth-2 modules: {'mlp': one per layer, 'attention': one per layer}. Raises `SsahError` naming an unsupported architecture."
     stack, found = decoder(model), {"mlp": [], "attention": []}
     prefix = next(name for name, module in model.named_modules() if module is stack)
-    heads = getattr(stack.config, "num_attention_heads", 0)
     for i, layer in enumerate(stack.layers):
         mlp, attention = getattr(layer, "mlp", None), getattr(layer, "self_attn", None)
         if not (hasattr(mlp, "down_proj") and hasattr(attention, "o_proj") and (hasattr(mlp, "gate_up_proj") or hasattr(mlp, "gate_proj"))
                 and (hasattr(attention, "qkv_proj") or hasattr(attention, "q_proj"))):
             raise SsahError(f"{type(model).__name__} (layer {i}) is not supported: {UNIT_NEEDS}")
         at = f"{prefix}.layers.{i}" if prefix else f"layers.{i}"
-        channels, width = mlp.down_proj.in_features, attention.o_proj.in_features//heads
+        width = getattr(attention, "head_dim", None) or attention.o_proj.in_features//stack.config.num_attention_heads
+        channels, heads = mlp.down_proj.in_features, attention.o_proj.in_features//width
         a = [("gate_up_proj", 0), ("gate_up_proj", channels)] if hasattr(mlp, "gate_up_proj") else [("gate_proj", 0), ("up_proj", 0)]
         found["mlp"].append(DepthTwo("mlp", f"{at}.mlp.down_proj", tuple((f"{at}.mlp.{n}", r) for n, r in a), (), channels, 1, 1))
         q = heads*width
@@ -280,6 +280,8 @@ def depth_two(
         qkv = [("qkv_proj", 0), ("qkv_proj", q), ("qkv_proj", q + kv)] if hasattr(attention, "qkv_proj") else [("q_proj", 0), ("k_proj", 0), ("v_proj", 0)]
         q_rows, *shared = ((f"{at}.self_attn.{n}", r) for n, r in qkv)
         found["attention"].append(DepthTwo("attention", f"{at}.self_attn.o_proj", (q_rows,), tuple(shared), heads, width, q//kv))
+    if any(m.units != modules[0].units for modules in found.values() for m in modules):
+        raise SsahError(f"the layers of this {type(model).__name__} differ in their number of units; a pruned model has no unit map, use the whole one")
     return found
 
 # %% ../nbs/01_models.ipynb #cell-29
