@@ -1,0 +1,50 @@
+"""Wall minutes and peak memory of a whole command: `python benchmarks/commands.py make reproduce`.
+
+Adds or replaces the command's row in benchmarks/results/commands.csv. Memory is the summed proportional set size (pages that
+processes share count once) of the command and everything that it starts, sampled twice a second; on systems without it, the
+summed resident set size.
+"""
+
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+RESULTS = Path(__file__).parent/"results"/"commands.csv"
+
+
+def memory(process: psutil.Process) -> int:  # bytes of the process and all below it
+    total = 0
+    for p in [process, *process.children(recursive=True)]:
+        try:
+            info = p.memory_full_info()
+            total += getattr(info, "pss", info.rss)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            pass  # it ended while we looked
+    return total
+
+
+def main(command: list[str]) -> int:
+    start, peak = time.time(), 0
+    process = psutil.Popen(command)
+    while process.poll() is None:
+        try:
+            peak = max(peak, memory(process))
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.5)
+    row = {"command": " ".join(command), "minutes": round((time.time() - start)/60, 1), "peak_gb": round(peak/1e9, 2),
+           "cores": psutil.cpu_count(), "python": platform.python_version(), "exit": process.wait()}
+    rows = pd.read_csv(RESULTS).query("command != @row['command']") if RESULTS.exists() else pd.DataFrame()
+    RESULTS.parent.mkdir(exist_ok=True)
+    pd.concat([rows, pd.DataFrame([row])]).sort_values("command").to_csv(RESULTS, index=False)
+    print(row)
+    return row["exit"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
