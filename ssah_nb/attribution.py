@@ -72,8 +72,8 @@ def pieces(
 
 # %% ../nbs/05_attribution.ipynb #cell-11
 def weight_of(linear: nn.Module) -> torch.Tensor:  # an nn.Linear, or PEFT's LoRA around one
-    "Its weight, with its active adapters. Raises `SsahError` when it has none that is whole."
-    if not hasattr(linear, "weight"): raise SsahError(f"a {type(linear).__name__} holds no whole weight; merge(model) first")
+    "Its weight, with its active adapters. Raises `SsahError` when it is quantized."
+    if not linear.weight.is_floating_point(): raise SsahError(f"a {type(linear).__name__} holds a weight in {linear.weight.dtype}; load the model unquantized")
     unmerged = [] if getattr(linear, "merged", True) or linear.disable_adapters else [a for a in linear.active_adapters if a in linear.lora_A]
     return sum((linear.get_delta_weight(a) for a in unmerged), start=linear.weight)
 

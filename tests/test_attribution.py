@@ -349,6 +349,12 @@ def broken(name: str):
     return model
 
 
+def quantized():
+    model = tiny_model()
+    model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(pairs=[]), "a calibration set of 0 pairs has no variance; give at least 2"),
     (dict(pairs=PAIRS[:1]), "a calibration set of 1 pairs has no variance"),
@@ -360,7 +366,8 @@ def broken(name: str):
     (dict(pairs=PAIRS, model=broken("model.layers.0.mlp.up_proj.weight")), "NaN or infinite; check the model's weights"),
     (dict(pairs=PAIRS, model=broken("model.embed_tokens.weight")), "NaN or infinite"),
     (dict(pairs=PAIRS, model=broken("model.layers.1.mlp.down_proj.weight"), method="magnitude"), "importance of mlp units is NaN"),
-    (dict(pairs=PAIRS, model=broken("lm_head.weight"), method="gradient"), "NaN or infinite")])
+    (dict(pairs=PAIRS, model=broken("lm_head.weight"), method="gradient"), "NaN or infinite"),
+    (dict(pairs=PAIRS, model=quantized()), "a Linear holds a weight in torch.int8; load the model unquantized")])
 def test_bad_input(options, message):
     with pytest.raises(SsahError, match=message) as error: importance(**({"model": tiny_model(), "tokenizer": TOKENIZER} | options))
     assert "\n" not in str(error.value)
