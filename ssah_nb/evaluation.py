@@ -181,7 +181,7 @@ def greedy_tokens(
     encoded: list[list[int]],   # token ids of each prompt
     stop: list[int],            # tokens that end a response
     max_new_tokens: int = 24,   # tokens of a response
-    batch_size: int = 50,       # prompts side by side
+    batch_size: int = 100,      # prompts side by side
 ) -> list[list[int]]:
     "Greedy continuation of each prompt, in their order. Raises `SsahError` for no prompts, or one longer than the context."
     if not encoded: raise SsahError("no prompts given; pass at least one")
@@ -218,7 +218,7 @@ def generate(
     prompts: Iterable[str | dict],       # the users' words, or pairs
     max_new_tokens: int = 24,            # tokens of a response
     system: str | None = None,           # system prompt; None: no system turn
-    batch_size: int = 50,                # prompts side by side
+    batch_size: int = 100,               # prompts side by side
 ) -> list[str]:
     "The model's greedy response to each prompt, in their order. Raises `SsahError` as `greedy_tokens`."
     encoded = encode_prompts(tokenizer, texts(prompts), system)
@@ -432,7 +432,7 @@ def safety_report(
     window: int | None = 120,                       # characters that a keyword judge reads
     max_new_tokens: int = 24,                       # tokens of a response
     max_response: int | None = 64,                  # tokens of a reference response that count for perplexity; None: all
-    batch_size: int = 50,                           # prompts side by side
+    batch_size: int = 100,                          # prompts side by side
 ) -> dict[str, float]:
     "Attack success, the same among coherent responses, coherence, over-refusal and response perplexity, each with its interval and n."
     prompts, benign, dense = texts(prompts), list(benign), dense_model or model

@@ -36,9 +36,9 @@ def printed(
 def rate_difference(
     a: pd.Series,    # a row of a table of this run
     b: pd.Series,    # another one
-    column: str,     # a rate, with its _low, _high and _n
+    column: str,     # a rate or a mean, with its _low and _high
 ) -> tuple[float, float, float]:
-    "a − b with its 95 % interval (Newcombe 1998, method 10, from the Wilson intervals of both rates)."
+    "a − b with its 95 % interval, from the intervals of both (Newcombe 1998, method 10; for means it is known as MOVER)."
     difference = a[column] - b[column]
     low = difference - ((a[column] - a[f"{column}_low"])**2 + (b[f"{column}_high"] - b[column])**2)**0.5
     high = difference + ((a[f"{column}_high"] - a[column])**2 + (b[column] - b[f"{column}_low"])**2)**0.5
