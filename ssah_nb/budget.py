@@ -9,7 +9,7 @@ __all__ = ['redundant_units', 'train_only']
 from transformers import PreTrainedModel
 
 from .attribution import Importance
-from .classes import UnitMask, check_ratios, top_units
+from .classes import UnitMask, check_mask, check_ratios, top_units
 from .freezing import freeze
 
 # %% ../nbs/09_budget.ipynb #cell-06
@@ -25,5 +25,6 @@ def train_only(
     model: PreTrainedModel,  # changed in place, its function is not
     mask: UnitMask,          # the only units that are trained
 ) -> PreTrainedModel:
-    "Freeze everything but these units; `merge` undoes it."
+    "Freeze everything but these units; `merge` undoes it. Raises `SsahError` as `freeze` does."
+    check_mask(mask, model)
     return freeze(model, ~mask, rest=True)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
-from .classes import UnitMask, check_mask
+from .classes import UnitMask, check_mask, plain_linear
 from .models import depth_two
 from .setup import SsahError
 
@@ -151,12 +151,7 @@ def linears_to_split(
                 raise SsahError(f"the adapter on {name} is trained already or is no plain LoRA; merge it, or make a new one with get_peft_model, and freeze then")
             names = [f"{name}.{('lora_B', 'lora_A')[planned[1]]}.{adapter}" for adapter in module.lora_A]
             if any(p.requires_grad for p in module.base_layer.parameters()): names.append(f"{name}.base_layer")
-        for n in names:
-            linear = model.get_submodule(n)
-            if type(linear) is not nn.Linear or not linear.weight.is_floating_point() or linear.weight.is_meta:
-                raise SsahError(f"{n} is no plain torch.nn.Linear in memory but a {type(linear).__module__}.{type(linear).__name__}; "
-                                "load the model unquantized and without offloading")
-            found[n] = planned
+        found |= {n: planned for n in names if plain_linear(model, n)}
     return found
 
 # %% ../nbs/08_freezing.ipynb #cell-13
@@ -186,7 +181,6 @@ def freeze(
     rest: bool = False,      # True: freeze all that is no unit, too (as requires_grad does)
 ) -> PreTrainedModel:
     "Freeze units (paper, section 4). Build the optimizer afterwards. Raises `SsahError`, with nothing changed, for a mask or model that cannot be frozen."
-    if not isinstance(mask, UnitMask): raise SsahError(f"freeze takes a UnitMask, not a {type(mask).__name__}; choose units, e.g. units.scu | units.top_cu(0.06)")
     if split_linears(model): raise SsahError("the model is frozen already; merge(model) first")
     check_mask(mask, model)
     if not len(mask): raise SsahError("the mask is empty, there is nothing to freeze; choose at least one unit")

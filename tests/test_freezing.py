@@ -2,10 +2,12 @@
 
 import copy
 import gc
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -385,6 +387,19 @@ def test_frozen_bits_stay_after_the_adapter_is_merged(architecture, options):
         if name.endswith("weight") and any(t in name for t in options.get("target_modules", ["proj"])) and not frozen.all(): assert changed[~frozen].float().mean() > 0.9, name
 
 
+def test_an_adapter_on_a_quantized_model():
+    base, mask = tiny_model().train(), half()
+    for layer in base.model.layers: layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
+    model = lora(base, target_modules=["down_proj"])
+    freeze(model, mask & UnitMask(torch.ones_like(mask.mlp), torch.zeros_like(mask.attention)))
+    with torch.no_grad(): before = model(LONG).logits
+    train(model, adamw(model, lr=0.1))
+    with torch.no_grad(): assert not torch.allclose(model(LONG).logits, before, atol=1e-3)
+    for i, module in enumerate(merge(model).get_base_model().model.layers):
+        change = module.mlp.down_proj.get_delta_weight("default")
+        assert not change[:, mask.mlp[i]].any() and change[:, ~mask.mlp[i]].abs().min() > 0
+
+
 def test_an_adapter_is_saved_while_frozen(tmp_path):
     peft = pytest.importorskip("peft")
     model = freeze(lora(tiny_model()), half())
@@ -427,6 +442,8 @@ class Int8Linear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False)
         self.weight = nn.Parameter((linear.weight.detach()*50).to(torch.int8), requires_grad=False)
 
+    def forward(self, x): return nn.functional.linear(x, self.weight.to(x.dtype)/50)
+
 
 def test_masks_that_cannot_be_frozen():
     model, mask = tiny_model(), half()
@@ -434,8 +451,10 @@ def test_masks_that_cannot_be_frozen():
     units = UnitMap(mask.mlp.to(torch.uint8), mask.attention.to(torch.uint8), Scores(mask.mlp.float(), mask.attention.float()), {})
     for bad, message in [(none, "empty"), (everything, "nothing to train"), (UnitMask(mask.mlp[:, 1:], mask.attention), "another model"),
                          (UnitMask(mask.mlp[:1], mask.attention[:1]), "another model"), (UnitMask(mask.mlp, mask.attention[:, :2]), "another model"),
-                         (units, "takes a UnitMask, not a UnitMap.*units.scu"), (mask.mlp, "takes a UnitMask")]:
+                         (units, "UnitMap does not choose units.*units.scu"), (mask.mlp, "Tensor does not choose units")]:
         refused(lambda: freeze(model, bad), message, model)
+    refused(lambda: train_only(model, units), "UnitMap does not choose units", model)
+    refused(lambda: train_only(model, none), "nothing to train", model)
     off = tiny_model().requires_grad_(False)
     refused(lambda: freeze(off, mask), "nothing to train", off)
 
@@ -444,7 +463,7 @@ def test_models_that_cannot_be_frozen_or_merged():
     model, mask = tiny_model(), half()
     refused(lambda: merge(model), "not frozen", model)
     model.model.layers[1].mlp.down_proj = Int8Linear(model.model.layers[1].mlp.down_proj)
-    refused(lambda: freeze(model, mask), r"layers.1.mlp.down_proj is no plain torch.nn.Linear.*Int8Linear.*unquantized", model)
+    refused(lambda: freeze(model, mask), "layers.1.mlp.down_proj is a Int8Linear.*quantized", model)
     twice = freeze(tiny_model(), mask)
     refused(lambda: freeze(twice, mask), "frozen already", twice)
     refused(lambda: merge(merge(twice)), "not frozen", tiny_model())
@@ -484,3 +503,13 @@ def test_other_models_optimizers_are_left_alone():
     from ssah_nb.freezing import REPLACED
     gc.collect()
     assert not REPLACED  # nothing that was replaced is kept in memory
+
+
+def test_benchmark_keeps_the_memory_bar_and_the_bits():
+    spec = importlib.util.spec_from_file_location("benchmark_freezing", Path(__file__).parents[1]/"benchmarks"/"freezing.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for row, f in zip(benchmark.main(["--rows", "1", "--tokens", "8", "--steps", "1", "--shares", "0.28", "0.8"]), (0.28, 0.8), strict=True):
+        assert abs(row["f"] - f) < 0.005 and row["rest"] is (f == 0.8) and row["time"] > 0
+        assert row["memory"] <= row["memory_bar"] < row["masked_memory"] == 1
+        assert row["kept"] and not row["masked_kept"]  # weight decay moves what a mask over the gradient should hold
