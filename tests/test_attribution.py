@@ -223,7 +223,7 @@ def test_two_processes_equal_one(tmp_path):
     command = [sys.executable, "-c", WORKER, json.dumps([str(tmp_path), CASES])]
     both = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     processes = [subprocess.Popen(command, env=both | {"RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in "01"]
-    try: logs = [p.communicate(timeout=240)[0] for p in processes]
+    try: logs = [p.communicate(timeout=600)[0] for p in processes]
     finally:
         for p in processes: p.kill()
     assert [p.returncode for p in processes] == [0, 0], "\n".join(logs)

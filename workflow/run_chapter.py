@@ -131,6 +131,7 @@ def run(profile: str, chapter: str, threads: str) -> None:
                 parameters,
                 cwd=".",
                 progress_bar=False,
+                autosave_cell_every=0,  # the notebook is saved after each cell anyway
                 stdout_file=lines,
                 stderr_file=lines,
                 extra_arguments=["--log-level=CRITICAL"],  # no warning at each start that a local kernel is not encrypted
