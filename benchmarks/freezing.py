@@ -1,7 +1,7 @@
 """Times a training step with frozen units against the full step, beside the way of others: full gradients, multiplied by a mask.
 
     python benchmarks/freezing.py                      # two random layers of that model's width: about a minute
-    python benchmarks/freezing.py --model embedded     # SmolLM2-135M-Instruct: about eight minutes on two cores
+    python benchmarks/freezing.py --model embedded     # SmolLM2-135M-Instruct: about ten minutes on two cores
 
 f is the frozen share of the parameters that a step multiplies by, the head included. A step multiplies three times with each
 of them, and one of the three is the weight gradient: the bar is (1 - f/3) of the full step's time, and 10 % for all the rest.
