@@ -1,6 +1,7 @@
 """Wall minutes and peak memory of a whole command: `python benchmarks/commands.py make reproduce`.
 
-Adds or replaces the command's row in benchmarks/results/commands.csv. Memory is the summed proportional set size (pages that
+Adds or replaces the command's row in benchmarks/results/commands.csv; a command that failed or was killed before goes on, so its
+minutes are added to. Memory is the summed proportional set size (pages that
 processes share count once) of the command and everything that it starts, sampled twice a second; on systems without it, the
 summed resident set size.
 """
@@ -37,11 +38,15 @@ def main(command: list[str]) -> int:
         except psutil.NoSuchProcess:
             break
         time.sleep(0.5)
-    row = {"command": " ".join(command), "minutes": round((time.time() - start)/60, 1), "peak_gb": round(peak/1e9, 2),
+    row = {"command": " ".join(command), "minutes": (time.time() - start)/60, "peak_gb": peak/1e9, "starts": 1,
            "cores": psutil.cpu_count(), "python": platform.python_version(), "exit": process.wait()}
-    rows = pd.read_csv(RESULTS).query("command != @row['command']") if RESULTS.exists() else pd.DataFrame()
+    rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=list(row))
+    mine = rows.command == row["command"]
+    for before in rows[mine & (rows.exit != 0)].itertuples():
+        row |= {"minutes": row["minutes"] + before.minutes, "peak_gb": max(row["peak_gb"], before.peak_gb), "starts": before.starts + 1}
+    row |= {"minutes": round(row["minutes"], 1), "peak_gb": round(row["peak_gb"], 2)}
     RESULTS.parent.mkdir(exist_ok=True)
-    pd.concat([rows, pd.DataFrame([row])]).sort_values("command").to_csv(RESULTS, index=False)
+    pd.concat([rows[~mine], pd.DataFrame([row])]).sort_values("command").to_csv(RESULTS, index=False)
     print(row)
     return row["exit"]
 

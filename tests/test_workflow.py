@@ -85,7 +85,8 @@ def test_stopped_run_goes_on_where_it_was(project, stop):
     order = project / "runs/order.txt"
     (project / PARAMETERS).write_text("common: {profile: smoke, seed: 0}\n01_models: {seconds: 600}\n")
     with open(project / "output.txt", "w") as output:
-        running = subprocess.Popen(command(TARGET), cwd=project, stdout=output, stderr=output, start_new_session=True)
+        running = subprocess.Popen(command(TARGET), cwd=project, stdout=output, stderr=output, start_new_session=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore Ctrl-C
     deadline = time.monotonic() + 120
     while not (order.exists() and "01_models" in order.read_text()):
         assert running.poll() is None and time.monotonic() < deadline, (project / "output.txt").read_text()
@@ -94,7 +95,7 @@ def test_stopped_run_goes_on_where_it_was(project, stop):
         running.kill()  # snakemake alone: the chapter and its kernel must notice
     else:
         os.killpg(running.pid, stop)  # as Ctrl-C does
-    running.wait(60)
+    running.wait(120)
     assert not (project / TARGET).exists()
     (project / PARAMETERS).write_text("common: {profile: smoke, seed: 0}\n")
 
