@@ -22,11 +22,10 @@ test: $(READY)
 export: $(READY)  ## nbs/*.ipynb -> ssah_nb/*.py
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 
-readme: $(READY)  ## nbs/index.ipynb -> README.md; cells tagged remove_cell or remove_input leave it
+readme: $(READY)  ## nbs/index.ipynb -> README.md; the source of cells tagged remove_input stays out
 	@$(BIN)/jupyter nbconvert nbs/index.ipynb --execute --to notebook --output-dir runs/readme --log-level ERROR
 	@$(BIN)/jupyter nbconvert runs/readme/index.ipynb --to markdown --output-dir . --output README --log-level ERROR \
-	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags remove_cell \
-	    --TagRemovePreprocessor.remove_input_tags remove_input
+	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags remove_input
 	@sed -i.old 's#\.\./figures/#figures/#g' README.md && rm README.md.old
 
 lab: $(READY)
