@@ -43,7 +43,7 @@ def lost(
 def draw_transfer(
     table: pd.DataFrame,   # from `transfer`
     labels: tuple[str, str],  # what stands under the two bars
-    smallest: float = 0.002,  # flows below this share of all units are not drawn
+    smallest: float = 0.0002,  # flows below this share of all units are not drawn
 ) -> plt.Figure:
     "The two stacked bars with arrows (paper, Fig 5 and 6). Bars count shares of all units; tiny classes are drawn at a readable height."
     cells, order = table[table.module == "global"], ["SCU", "CU", "UU", "UCU", "RU"]
@@ -58,12 +58,13 @@ def draw_transfer(
             ax.text(x, bottom + height/2, f"{name} {shares[name]:.1%}", ha="center", va="center", color="white", fontsize=8, weight="bold")
             middle[side, name] = bottom + height/2
             bottom += height
-    for c in cells.itertuples():
-        if c.before == c.after or c.share_of_units < smallest: continue
-        ax.annotate("", (0.86, middle["after", c.after]), (0.14, middle["before", c.before]),
-                    arrowprops={"arrowstyle": "-|>", "color": COLOURS[c.before], "lw": 0.8 + 25*c.share_of_units, "alpha": 0.85})
-        ax.text(0.3, middle["before", c.before] + 0.3*(middle["after", c.after] - middle["before", c.before]), f"{c.share_of_units:.2%}", fontsize=8,
-                ha="center", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9})
+    flows = cells[(cells.before != cells.after) & (cells.share_of_units >= smallest)].sort_values(["before", "after"])
+    for i, c in enumerate(flows.itertuples()):
+        start, end = middle["before", c.before], middle["after", c.after]
+        ax.annotate("", (0.86, end), (0.14, start), arrowprops={"arrowstyle": "-|>", "color": COLOURS[c.before], "lw": 0.8 + 4*c.share_of_units, "alpha": 0.85})
+        along = 0.15 + 0.7*i/max(len(flows) - 1, 1)  # each label at another place of its arrow, so that none covers another
+        ax.text(0.14 + 0.72*along, start + along*(end - start), f"{c.share_of_units:.2%}", fontsize=8, ha="center", va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9})
     ax.set(xticks=[0, 1], xticklabels=labels, yticks=[], xlim=(-0.25, 1.25), title="share of all units; thin classes are drawn thicker")
     ax.grid(False)
     return fig
