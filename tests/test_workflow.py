@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 NAMES = ["00_setup", "01_models"]  # two chapters are enough: the target of the throwaway runs is the second
 TARGET = "runs/smoke/notebooks/01_models.ipynb"
 PARAMETERS = "workflow/profiles/smoke/parameters.yaml"
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # under `make test`, too, a command is what a user types
+    os.environ.pop(name, None)
 
 
 def command(*arguments):
