@@ -1,0 +1,65 @@
+"""The ways to keep a model safe under benign fine-tuning, side by side (chapter 08)."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from ssah_nb import WAYS, SsahError, classify, finetune_protected, importance
+from ssah_nb.freezing import frozen_rows_and_columns, frozen_units
+from ssah_nb.models import tiny_model, tiny_tokenizer
+
+PAIRS = [{"prompt": f"Say {word}", "response": word} for word in ("yes", "no", "maybe", "often")] * 2
+
+
+@pytest.fixture(scope="module")
+def scored():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    safety = importance(model, tokenizer, [{"prompt": f"Open {i}", "response": f"Sorry, not box {i}"} for i in range(4)])
+    utility = importance(model, tokenizer, PAIRS)
+    return tokenizer, classify(safety, utility, scu=0.05, ucu=0.1, ru=0.1), safety, utility
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_gives_an_ordinary_model(scored, way):
+    if "lora" in way and not importlib.util.find_spec("peft"):
+        pytest.skip("peft is not installed")
+    tokenizer, units, safety, utility = scored
+    before = tiny_model()
+    model, done = finetune_protected(way, tiny_model(), tokenizer, PAIRS, units, safety, utility, tiny_model(seed=1), lr=1e-2, batch_size=2)
+    mask = frozen_units(way, units, safety, utility)
+    assert list(model.state_dict()) == list(before.state_dict()) and done["epochs"] == 1 and done["reached"] and done["frozen_units"] == len(mask)
+    assert any(not torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values()))
+    for name, (rows, dim) in frozen_rows_and_columns(before, mask).items():
+        a, b = (m.get_submodule(name).weight.movedim(dim, 0)[rows] for m in (model, before))
+        assert torch.equal(a, b), name
+
+
+def test_optimizer_memory_is_what_is_trained(scored):
+    megabytes = {way: finetune_protected(way, tiny_model(), scored[0], PAIRS, *scored[1:], lr=1e-2, batch_size=2)[1]["optimizer_mb"] for way in ("full", "scu_all_cu", "low_lr")}
+    assert megabytes["full"] == megabytes["low_lr"] > 1.5 * megabytes["scu_all_cu"]
+
+
+def test_training_goes_on_until_the_loss_is_reached_or_says_that_it_never_was(scored):
+    train = lambda target: finetune_protected("scu_all_cu", tiny_model(), scored[0], PAIRS, *scored[1:], target=target, max_epochs=2, lr=1e-2, batch_size=2)[1]
+    one, never = train(None), train(1.0)
+    assert never["epochs"] == 2 and never["reached"] is False and never["training_perplexity"] < one["training_perplexity"]
+    between = train(0.99 * one["training_perplexity"])
+    assert between["reached"] and 1 < between["epochs"] <= 2
+
+
+def test_controls_have_our_size(scored):
+    _, units, safety, utility = scored
+    masks = {way: frozen_units(way, units, safety, utility) for way in WAYS}
+    ours = masks["scu_all_cu"]
+    assert masks["random"].mlp.sum() == ours.mlp.sum() and masks["random"] != ours
+    assert torch.equal(masks["random_per_layer"].mlp.sum(1), ours.mlp.sum(1))
+    assert abs(units.share(masks["sn_tune_our_size"])["unit_parameters"] - units.share(ours)["unit_parameters"]) < 0.12  # a head of the tiny model is 4 %
+    assert masks["safety_layers"].mlp.all(1).sum() == masks["safety_layers"].mlp.any(1).sum() == 1
+
+
+def test_errors_name_what_is_wrong(scored):
+    with pytest.raises(SsahError, match="unknown way 'frozen'; use one of full, scu_top_cu"):
+        finetune_protected("frozen", tiny_model(), scored[0], PAIRS, *scored[1:])
+    with pytest.raises(SsahError, match="safe_lora needs the model before alignment"):
+        finetune_protected("safe_lora", tiny_model(), scored[0], PAIRS, *scored[1:])
