@@ -2,7 +2,7 @@
 
 Adds or replaces the command's row in benchmarks/results/commands.csv; a command that failed or was killed before goes on, so its
 minutes are added to. Memory is the summed proportional set size (pages that
-processes share count once) of the command and everything that it starts, sampled twice a second; on systems without it, the
+processes share count once) of the command and everything that it starts, sampled every two seconds; on systems without it, the
 summed resident set size.
 """
 
@@ -37,7 +37,7 @@ def main(command: list[str]) -> int:
             peak = max(peak, memory(process))
         except psutil.NoSuchProcess:
             break
-        time.sleep(0.5)
+        time.sleep(2)
     row = {"command": " ".join(command), "minutes": (time.time() - start)/60, "peak_gb": peak/1e9, "starts": 1,
            "cores": psutil.cpu_count(), "python": platform.python_version(), "exit": process.wait()}
     rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=list(row))

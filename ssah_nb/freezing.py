@@ -341,4 +341,4 @@ def finetune_protected(
         project_updates(model, aligned, unaligned)
         done["training_perplexity"] = perplexity(model, tokenizer, pairs, max_response=training.get("max_response")).value
         done["reached"] = target is None or done["training_perplexity"] <= target
-    return model, {"frozen_units": len(mask)} | {f"frozen_{k}": v for k, v in units.share(mask).items()} | done
+    return model, {"frozen": len(mask)} | {f"frozen_{k}": v for k, v in units.share(mask).items()} | done

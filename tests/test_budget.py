@@ -41,7 +41,7 @@ def test_dpo_step_is_the_papers_equation(tokenizer, max_tokens):
             expected[0].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-    assert history.loss.tolist() == pytest.approx([float(e) for e in expected], rel=1e-3)
+    assert history.loss.tolist() == pytest.approx([e.item() for e in expected], rel=1e-3)
 
 
 def test_dpo_trains_redundant_units_only(tokenizer):

@@ -28,7 +28,7 @@ def test_each_way_gives_an_ordinary_model(scored, way):
     before = tiny_model()
     model, done = finetune_protected(way, tiny_model(), tokenizer, PAIRS, units, safety, utility, tiny_model(seed=1), lr=1e-2, batch_size=2)
     mask = frozen_units(way, units, safety, utility)
-    assert list(model.state_dict()) == list(before.state_dict()) and done["epochs"] == 1 and done["reached"] and done["frozen_units"] == len(mask)
+    assert list(model.state_dict()) == list(before.state_dict()) and done["epochs"] == 1 and done["reached"] and done["frozen"] == len(mask)
     assert any(not torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values()))
     for name, (rows, dim) in frozen_rows_and_columns(before, mask).items():
         a, b = (m.get_submodule(name).weight.movedim(dim, 0)[rows] for m in (model, before))
