@@ -80,7 +80,9 @@ def optimize(
     """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]`. Raises `SsahError` when nothing can be trained or the loss is NaN."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained: raise SsahError("no parameter of the model is trainable; unfreeze some of it")
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    masters = [torch.nn.Parameter(p.detach().float()) for p in trained]  # of a float32 model: the weights themselves, no copies
+    rounded = [(p, master) for p, master in zip(trained, masters) if p.dtype != torch.float32]
+    optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1)/(0.05*len(batches) + 1))*0.5*(1 + math.cos(math.pi*step/len(batches))))
     losses = []
     model.train()
@@ -89,15 +91,18 @@ def optimize(
         for loss in part_losses(rows):
             loss.backward()
             losses[-1] += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for p, master in zip(trained, masters): master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        for p, master in rounded: p.detach().copy_(master)
         if after_step: after_step()
         if not math.isfinite(losses[-1]): raise SsahError(f"the training loss is {losses[-1]} at step {len(losses) - 1}; lower lr (now {lr}) or check the weights")
     model.eval()
     history = pd.DataFrame({"step": range(len(losses)), "loss": losses})
-    history.attrs["optimizer_bytes"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    history.attrs["optimizer_bytes"] = sum(t.nbytes for t in states + [master for _, master in rounded])
     return history
 
 # %% ../nbs/04_alignment_probe.ipynb #cell-11

@@ -73,3 +73,18 @@ def test_probe_margin_pairs_queries():
 def test_short_prefix_is_an_error():
     with pytest.raises(SsahError, match="prefix 'x' has 2 tokens, fewer than 10"):
         probe(tiny_model(), tiny_tokenizer(), ["q"], prefixes={"x": "no"})
+
+
+def test_bfloat16_models_are_trained_in_float32():
+    """Steps of 1e-4 on weights near 0.2 are below what bfloat16 can add; the float32 copies keep them."""
+    curves = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model().to(torch.bfloat16).to(dtype)  # both start from the same weights
+        history = finetune(model, tiny_tokenizer(), PAIRS, lr=2e-4, epochs=40, batch_size=2)
+        assert model.dtype == dtype
+        curves[dtype] = torch.tensor(history.loss.tolist())
+    learned = curves[torch.float32][0] - curves[torch.float32][-1]
+    assert learned > 0.3
+    assert (curves[torch.float32] - curves[torch.bfloat16]).abs().max() < 0.1*learned
+    parameters = sum(p.numel() for p in tiny_model().parameters())
+    assert history.attrs["optimizer_bytes"] >= 3*4*parameters  # two moments and the copy

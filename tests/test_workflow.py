@@ -53,7 +53,7 @@ def project(tmp_path):
 def test_unknown_profile_is_one_line():
     result = run(["make", "known-profile", "PROFILE=nope"], ROOT)
     assert result.returncode != 0
-    assert result.stdout.splitlines()[0] == "error: unknown PROFILE 'nope'; known: embedded llama2-7b smoke"
+    assert result.stdout.splitlines()[0] == "error: unknown PROFILE 'nope'; known: embedded extended llama2-7b smoke"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,15 @@ def test_wrong_parameters_are_one_line(project, line, words):
     assert result.returncode != 0 and len(errors) == 1 and errors[0].startswith(f"error: {PARAMETERS}: ")
     assert all(word in errors[0] for word in words)
     assert not (project / "runs").exists()
+
+
+def test_profile_that_extends_another_changes_what_it_names(project):
+    folder = project / "workflow/profiles/longer"
+    shutil.copytree(project / "workflow/profiles/smoke", folder)
+    (folder / "parameters.yaml").write_text("extends: smoke\ncommon: {profile: longer}\n01_models: {seed: 7}\n")
+    code = "import sys; sys.path.insert(0, 'workflow'); from run_chapter import profile_parameters; print(profile_parameters('longer'))"
+    printed = run([sys.executable, "-c", code], project).stdout
+    assert eval(printed) == {"00_setup": {"profile": "longer", "seed": 0}, "01_models": {"profile": "longer", "seed": 7}}
 
 
 def test_failing_chapter_says_why_in_one_line(project):

@@ -37,11 +37,15 @@ def chapters() -> list[str]:
 
 
 def read_profile(profile: str) -> dict:
+    """The settings of a profile; with `extends: other` what it does not say itself is as in the other one."""
     folder = Path("workflow/profiles")
     known = sorted(path.parent.name for path in folder.glob("*/parameters.yaml"))
     if profile not in known:
         raise ProfileError(f"unknown profile {profile!r}; known: {', '.join(known)}")
-    return yaml.safe_load((folder / profile / "parameters.yaml").read_text()) or {}
+    settings = yaml.safe_load((folder / profile / "parameters.yaml").read_text()) or {}
+    base = read_profile(settings.pop("extends")) if "extends" in settings else {}
+    both = {key: base[key] | settings[key] for key in base.keys() & settings.keys() if isinstance(settings[key], dict)}
+    return base | settings | both
 
 
 def profile_parameters(profile: str) -> dict[str, dict]:
