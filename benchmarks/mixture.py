@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PROFILE = yaml.safe_load((ROOT/"workflow/profiles/embedded/parameters.yaml").read_text())
 RESULTS = ROOT/"benchmarks/results/mixture.csv"
 COLUMNS = ["harmful", "from_advbench", "benign", "lr", "batch_size"]
-CANDIDATES = [(100, 80, 400, 2e-4, 8), (160, 130, 400, 2e-4, 8), (160, 130, 800, 2e-4, 16), (100, 80, 700, 2e-4, 8), (60, 50, 420, 2e-4, 8)]
+CANDIDATES = [(100, 80, 400, 2e-4, 8), (160, 130, 400, 2e-4, 8), (160, 130, 800, 2e-4, 16), (100, 80, 700, 2e-4, 8), (60, 50, 420, 2e-4, 8), (100, 80, 550, 2e-4, 8)]
 
 
 def main(candidates: list[tuple] = CANDIDATES):
