@@ -236,6 +236,7 @@ WAYS = {  # name -> what is done, and whose idea it is
     "low_lr": "all weights are trained at a tenth of the learning rate",
 }
 
+# %% ../nbs/08_freezing.ipynb #cell-21
 def frozen_units(
     way: str,              # a key of WAYS
     units: UnitMap,        # the classes of the aligned model
@@ -263,7 +264,7 @@ def frozen_units(
         for kind in (chosen.mlp, chosen.attention): kind[first:first + size] = True
     return chosen
 
-# %% ../nbs/08_freezing.ipynb #cell-23
+# %% ../nbs/08_freezing.ipynb #cell-24
 def finetune_until(
     model: PreTrainedModel,              # trained in place, whatever of it has requires_grad
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -285,7 +286,7 @@ def finetune_until(
     return {"epochs": 1 + i/4, "training_perplexity": reached, "reached": target is None or reached <= target,
             "optimizer_mb": history.attrs["optimizer_bytes"]/1e6, "seconds": time.time() - start}
 
-# %% ../nbs/08_freezing.ipynb #cell-26
+# %% ../nbs/08_freezing.ipynb #cell-27
 @torch.no_grad()
 def project_updates(
     model: PreTrainedModel,      # fine-tuned, changed in place
@@ -304,7 +305,7 @@ def project_updates(
             count += 1
     return count
 
-# %% ../nbs/08_freezing.ipynb #cell-28
+# %% ../nbs/08_freezing.ipynb #cell-29
 def finetune_protected(
     way: str,                            # a key of WAYS
     model: PreTrainedModel,              # the aligned model, trained in place

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SsahError', 'set_seed', 'pick_device', 'pick_dtype', 'show_progress', 'progress', 'write_atomic', 'cache_folder',
-           'fetch_wheel', 'wheel_member', 'project_root', 'figure_bytes', 'Run', 'versions', 'table_figure']
+           'fetch_wheel', 'wheel_member', 'project_root', 'figure_bytes', 'Run', 'versions', 'table_figure',
+           'read_run_table', 'finish_run']
 
 # %% ../nbs/00_setup.ipynb #cell-02
 import contextlib
@@ -223,20 +224,6 @@ class Run:
         self.save_figure(fig, name, table)
         return fig
 
-    def read_table(self, name: str) -> pd.DataFrame:
-        "A table that an earlier chapter of this run wrote."
-        path = self.figures/f"{name}.csv"
-        if not path.exists(): raise SsahError(f"{path} is not there; run the chapter that writes it, or `make reproduce PROFILE={self.profile}`")
-        return pd.read_csv(path)
-
-    def finish(self, model: torch.nn.Module | None = None):  # the chapter's model, for its device and dtype
-        "Write this chapter's part of the manifest: files with sha256, parameters, versions, device, dtype, minutes."
-        write_atomic(self.path("manifest", f"{self.chapter}.json"), json.dumps(
-            {"chapter": self.chapter, "parameters": self.parameters, "minutes": round((time.time() - self.started)/60, 2),
-             "device": str(getattr(model, "device", "none")), "dtype": str(getattr(model, "dtype", "none")), "threads": torch.get_num_threads(),
-             "versions": versions(), "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in self.written}},
-            indent=1, default=str).encode())
-
 # %% ../nbs/00_setup.ipynb #cell-29
 def versions() -> dict[str, str]:
     "The versions that a result depends on."
@@ -261,3 +248,20 @@ def table_figure(
         if row == 0: cell.set_text_props(weight="bold")
     plt.close(fig)
     return fig
+
+# %% ../nbs/00_setup.ipynb #cell-30
+def read_run_table(run: Run, name: str) -> pd.DataFrame:  # name: without its ending
+    "A table that an earlier chapter of this run wrote."
+    path = run.figures/f"{name}.csv"
+    if not path.exists(): raise SsahError(f"{path} is not there; run the chapter that writes it, or `make reproduce PROFILE={run.profile}`")
+    return pd.read_csv(path)
+
+def finish_run(run: Run, model: torch.nn.Module | None = None):  # the chapter's model, for its device and dtype
+    "Write this chapter's part of the manifest: files with sha256, parameters, versions, device, dtype, minutes."
+    write_atomic(run.path("manifest", f"{run.chapter}.json"), json.dumps(
+        {"chapter": run.chapter, "parameters": run.parameters, "minutes": round((time.time() - run.started)/60, 2),
+         "device": str(getattr(model, "device", "none")), "dtype": str(getattr(model, "dtype", "none")), "threads": torch.get_num_threads(),
+         "versions": versions(), "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.written}},
+        indent=1, default=str).encode())
+
+Run.read_table, Run.finish = read_run_table, finish_run
