@@ -50,6 +50,6 @@ $(READY): requirements.lock pyproject.toml
 	    $(PYTHON) -c $(SUPPORTED) 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 2; }; \
 	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks venv; on Debian: apt install python3-venv" >&2; exit 2; }; \
 	    $(PYTHON) -m venv .venv; }
-	@$(BIN)/python -m pip install -r requirements.lock
+	@$(BIN)/python -m pip install --no-compile -r requirements.lock  # what is imported is compiled then
 	@$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@

@@ -7,7 +7,7 @@ __all__ = ['KEYWORDS', 'SYSTEM_PROMPTS', 'Judge', 'STOCK_TASKS', 'SIX', 'Estimat
            'shared_prefix', 'stop_ids', 'read_prompts', 'greedy_batch', 'evaluating', 'greedy_tokens', 'texts',
            'generate', 'is_refusal', 'guard_judge', 'judged', 'attack_success', 'over_refusal', 'pair_losses',
            'perplexity', 'text_perplexity', 'repetition', 'response_perplexities', 'coherence_threshold', 'coherence',
-           'safety_report', 'write_tasks', 'zero_shot']
+           'safety_report', 'earlier_reports', 'write_tasks', 'zero_shot']
 
 # %% ../nbs/03_evaluation.ipynb #cell-02
 import contextlib
@@ -431,7 +431,7 @@ def safety_report(
     benign_responses: Sequence[str] | None = None,  # to the benign prompts; None: the model generates them
     window: int | None = 120,                       # characters that a keyword judge reads
     max_new_tokens: int = 24,                       # tokens of a response
-    max_response: int | None = 64,                  # tokens of a reference response that count for perplexity; None: all
+    max_response: int | None = 32,                  # tokens of a reference response that count for perplexity; None: all
     batch_size: int = 100,                          # prompts side by side
 ) -> dict[str, float]:
     "Attack success, the same among coherent responses, coherence, over-refusal and response perplexity, each with its interval and n."
@@ -450,6 +450,10 @@ def safety_report(
     keywords = judge if isinstance(judge, str) else "gcg"
     row |= over_refusal(model, tokenizer, benign, keywords, responses=benign_responses, window=window).columns("over_refusal")
     return row | perplexity(model, tokenizer, benign, system, max_response).columns("perplexity") | {"max_perplexity": max_perplexity}
+
+def earlier_reports(path: str | Path) -> list[dict]:  # a table of safety reports that an earlier chapter wrote
+    "Its reports, one a row, without the other columns; none when the chapter has not run."
+    return pd.read_csv(path).loc[:, "attack_success":"max_perplexity"].to_dict("records") if Path(path).exists() else []
 
 # %% ../nbs/03_evaluation.ipynb #cell-50
 STOCK_TASKS = {  # task -> the harness's own definition
