@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_nb.alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, probe, probe_margin, training_batches
+from ssah_nb.alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, probe, probe_margin, training_batches, training_perplexity
+from ssah_nb.evaluation import perplexity
 from ssah_nb.models import chat_prompt, tiny_model, tiny_tokenizer
 from ssah_nb.setup import SsahError
 
@@ -29,6 +30,12 @@ def test_finetune_learns_and_repeats():
         model = tiny_model()
         runs.append(finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, epochs=8, batch_size=2).loss.tolist())
     assert runs[0] == runs[1] and runs[0][-1] < 0.7*runs[0][0]
+
+
+def test_training_perplexity_is_of_every_kth_pair():
+    model, tokenizer, pairs = tiny_model(), tiny_tokenizer(), [{"prompt": f"Say {i}", "response": "yes "*(1 + i)} for i in range(10)]
+    assert training_perplexity(model, tokenizer, pairs) == perplexity(model, tokenizer, pairs).value
+    assert training_perplexity(model, tokenizer, pairs, 3, sample=5) == perplexity(model, tokenizer, pairs[::2], max_response=3).value
 
 
 def test_running_a_batch_in_parts_gives_the_same_training():

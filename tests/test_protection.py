@@ -1,5 +1,6 @@
 """The ways to keep a model safe under benign fine-tuning, side by side (chapter 08)."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from ssah_nb import WAYS, SsahError, classify, finetune_protected, importance
 from ssah_nb.freezing import frozen_rows_and_columns, frozen_units
 from ssah_nb.models import tiny_model, tiny_tokenizer
+from ssah_nb.setup import side_by_side
 
 PAIRS = [{"prompt": f"Say {word}", "response": word} for word in ("yes", "no", "maybe", "often")] * 2
 
@@ -33,6 +35,16 @@ def test_each_way_gives_an_ordinary_model(scored, way):
     for name, (rows, dim) in frozen_rows_and_columns(before, mask).items():
         a, b = (m.get_submodule(name).weight.movedim(dim, 0)[rows] for m in (model, before))
         assert torch.equal(a, b), name
+
+
+def test_ways_side_by_side_give_the_same_models_as_one_after_the_other(scored):
+    base, ways = tiny_model(), ["scu_all_cu", "random", "ema", *(["lora"]*2 if importlib.util.find_spec("peft") else [])]
+    work = lambda way: finetune_protected(way, copy.deepcopy(base), scored[0], PAIRS, *scored[1:], lr=1e-2, batch_size=2)[0].state_dict()
+    together, threads = side_by_side(work, ways, torch.device("cpu")), torch.get_num_threads()
+    torch.set_num_threads(max(1, threads//2))
+    try: alone = [work(way) for way in ways]
+    finally: torch.set_num_threads(threads)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(together, alone) for name in a)
 
 
 def test_optimizer_memory_is_what_is_trained(scored):

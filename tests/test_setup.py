@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import threading
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from ssah_nb import setup
-from ssah_nb.setup import Run, SsahError, figure_bytes, pick_device, pick_dtype, progress, set_seed, show_progress, write_atomic
+from ssah_nb.setup import Run, SsahError, figure_bytes, pick_device, pick_dtype, progress, set_seed, show_progress, side_by_side, write_atomic
 
 
 @pytest.fixture
@@ -92,3 +93,15 @@ def test_progress_can_be_switched_off_and_on(capsys, monkeypatch):
     show_progress(False)
     assert list(progress([1, 2], "hidden")) == [1, 2]
     assert "hidden" not in capsys.readouterr().err
+
+
+def test_side_by_side_keeps_the_order_shares_the_cores_and_raises():
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    together = threading.Barrier(2, timeout=10)  # nobody passes alone
+    def work(x):
+        if threads >= 2: together.wait()
+        return x, torch.get_num_threads()
+    assert side_by_side(work, range(4), cpu) == [(x, threads//2 if threads >= 2 else threads) for x in range(4)]
+    assert side_by_side(lambda x: torch.get_num_threads(), range(2), torch.device("meta")) == [threads]*2  # elsewhere one after the other
+    with pytest.raises(SsahError, match="item 1"): side_by_side(lambda x: (_ for _ in ()).throw(SsahError(f"item {x}")) if x else x, range(3), cpu)
+    assert torch.get_num_threads() == threads
