@@ -3,7 +3,7 @@
     python benchmarks/mixture.py          # about half an hour on two cores; benchmarks/results/mixture.csv
 
 Attack success is measured on the attribution split, over-refusal on the pairs kept for benign fine-tuning. The profile's mixture is the
-cheapest one that stays well below chapter 4's limits (10 % and 15 %) here; the evaluation prompts play no part in the choice.
+cheapest of those measured with its max_words that stays below chapter 4's limits (10 % and 15 %) here; the evaluation prompts play no part in the choice.
 """
 
 import sys

@@ -132,7 +132,7 @@ def training_perplexity(
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
     pairs: Iterable[dict],               # what it was trained on
     max_response: int | None = None,     # tokens kept of each response, as in training
-    sample: int = 64,                    # about how many pairs are measured: every k-th
+    sample: int = 64,                    # at least so many pairs are measured, evenly spread
 ) -> float:
     "How well the training pairs were learned: their response perplexity."
     pairs = list(pairs)

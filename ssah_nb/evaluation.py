@@ -7,7 +7,7 @@ __all__ = ['KEYWORDS', 'SYSTEM_PROMPTS', 'Judge', 'STOCK_TASKS', 'SIX', 'Estimat
            'shared_prefix', 'stop_ids', 'read_prompts', 'greedy_batch', 'evaluating', 'greedy_tokens', 'texts',
            'generate', 'is_refusal', 'guard_judge', 'judged', 'attack_success', 'over_refusal', 'pair_losses',
            'perplexity', 'text_perplexity', 'repetition', 'response_perplexities', 'coherence_threshold', 'coherence',
-           'safety_report', 'earlier_reports', 'write_tasks', 'zero_shot']
+           'safety_report', 'earlier_report', 'write_tasks', 'zero_shot']
 
 # %% ../nbs/03_evaluation.ipynb #cell-02
 import contextlib
@@ -451,9 +451,15 @@ def safety_report(
     row |= over_refusal(model, tokenizer, benign, keywords, responses=benign_responses, window=window).columns("over_refusal")
     return row | perplexity(model, tokenizer, benign, system, max_response).columns("perplexity") | {"max_perplexity": max_perplexity}
 
-def earlier_reports(path: str | Path) -> list[dict]:  # a table of safety reports that an earlier chapter wrote
-    "Its reports, one a row, without the other columns; none when the chapter has not run."
-    return pd.read_csv(path).loc[:, "attack_success":"max_perplexity"].to_dict("records") if Path(path).exists() else []
+def earlier_report(
+    path: str | Path,  # a table of safety reports that an earlier chapter wrote
+    **row: str,        # which row: column=value
+) -> dict | None:
+    "The safety report of one row, without the other columns; None when the chapter has not run or has no such row."
+    if not Path(path).exists(): return None
+    table = pd.read_csv(path)
+    for column, value in row.items(): table = table[table[column] == value]
+    return next(iter(table.loc[:, "attack_success":"max_perplexity"].to_dict("records")), None)
 
 # %% ../nbs/03_evaluation.ipynb #cell-50
 STOCK_TASKS = {  # task -> the harness's own definition

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 import ssah_nb.evaluation as evaluation
 from ssah_nb.evaluation import (KEYWORDS, SIX, STOCK_TASKS, SYSTEM_PROMPTS, BufferLayer, Estimate, attack_success, bootstrap_mean, coherence,
-                                coherence_threshold, earlier_reports, evaluating, generate, greedy_tokens, guard_judge, is_refusal, over_refusal, pair_losses, perplexity,
+                                coherence_threshold, earlier_report, evaluating, generate, greedy_tokens, guard_judge, is_refusal, over_refusal, pair_losses, perplexity,
                                 repetition, safety_report, shared_prefix, stop_ids, text_perplexity, wilson, write_tasks, zero_shot)
 from ssah_nb.models import ARCHITECTURES, encode_pairs, encode_prompts, tiny_model, tiny_tokenizer
 from ssah_nb.setup import SsahError
@@ -207,12 +207,14 @@ def test_safety_report_is_one_consistent_row(monkeypatch):
         model, tokenizer, PROMPTS[:2], PAIRS, judge="wei", responses=["I cannot", "A fine answer"], benign_responses=["Sorry", "a", "b"], max_perplexity=1e9, max_response=4)
 
 
-def test_earlier_reports_are_read_as_they_were_measured(tmp_path):
+def test_an_earlier_report_is_read_as_it_was_measured(tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     report = safety_report(model, tokenizer, PROMPTS, PAIRS, max_new_tokens=6)
-    pd.DataFrame([{"model": "a", "units": 3} | report | {"attack_success_second": 0.5}]).to_csv(tmp_path/"reports.csv", index=False)
-    assert earlier_reports(tmp_path/"reports.csv") == [pytest.approx(report)] and list(earlier_reports(tmp_path/"reports.csv")[0]) == list(report)
-    assert earlier_reports(tmp_path/"none.csv") == []
+    other = {name: 0.5 for name in report}
+    pd.DataFrame([{"model": model, "units": 3} | r | {"attack_success_second": 0.5} for model, r in (("b", other), ("a", report))]).to_csv(tmp_path/"reports.csv", index=False)
+    read = earlier_report(tmp_path/"reports.csv", model="a")
+    assert read == pytest.approx(report) and list(read) == list(report) and earlier_report(tmp_path/"reports.csv", model="b") == other
+    assert earlier_report(tmp_path/"reports.csv", model="c") is None and earlier_report(tmp_path/"none.csv", model="a") is None
 
 
 QUESTIONS = {
