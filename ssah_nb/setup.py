@@ -248,7 +248,7 @@ def table_figure(
     table: pd.DataFrame,  # at most a few dozen rows, already rounded for reading
 ) -> plt.Figure:
     "A picture of a table."
-    text = [["-" if pd.isna(v) else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
+    text = [["-" if pd.isna(v) else f"{v:.{3 if abs(v) < 1000 else 6}g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
     names = [str(c).replace("_", " ") for c in table.columns]
     widths = [max(1.2*len(name), *(len(row[i]) for row in text)) + 3 for i, name in enumerate(names)]
     fig, ax = plt.subplots(figsize=(sum(widths)*0.088, 0.28*(len(text) + 1)))
