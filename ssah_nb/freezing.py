@@ -9,6 +9,7 @@ __all__ = ['FEW', 'REPLACED', 'WAYS', 'ADAPTING', 'SplitProduct', 'LinearParts',
 
 # %% ../nbs/08_freezing.ipynb #cell-02
 import copy
+import math
 import time
 from threading import Lock
 from typing import Iterable
@@ -270,18 +271,20 @@ def finetune_until(
     seed: int = 0,                       # seed of the order
     **training,                          # batch_size and max_response of `finetune`
 ) -> dict:
-    "{epochs, training_perplexity, reached, optimizer_mb, seconds}: passes, the perplexity then, whether it is at most `target`, AdamW's memory, wall seconds."
+    "{epochs, training_perplexity, reached, optimizer_mb, seconds}: passes, the perplexity then, whether `target` was reached, AdamW's memory, wall seconds."
     pairs, start = list(pairs), time.time()
-    n = min(8, len(pairs))
+    n, now = min(8, len(pairs)), math.inf
     parts = [pairs, *(pairs[i % n::n] for i in range(round(n*(max_epochs - 1))))]
     for i, part in enumerate(parts):
+        before, last = copy.deepcopy(model.state_dict()) if i else {}, now
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
         history = finetune(model, tokenizer, part, lr/2 if i else lr, seed=seed + i, after_step=(lambda: average.update_parameters(model)) if ema else None, **training)
         if ema: model.load_state_dict(average.module.state_dict())
-        reached = training_perplexity(model, tokenizer, pairs, training.get("max_response"))
-        if target is None or reached <= target: break
-    return {"epochs": 1 + i/n, "training_perplexity": reached, "reached": target is None or reached <= target,
-            "optimizer_mb": history.attrs["optimizer_bytes"]/1e6, "seconds": time.time() - start}
+        now = training_perplexity(model, tokenizer, pairs, training.get("max_response"))
+        if target is None or now <= target: break
+    reached = target is None or now <= target
+    if before and reached and last*now < target**2: i, now = i - 1, last; model.load_state_dict(before)  # the part overshot: what was before it is nearer
+    return {"epochs": 1 + i/n, "training_perplexity": now, "reached": reached, "optimizer_mb": history.attrs["optimizer_bytes"]/1e6, "seconds": time.time() - start}
 
 # %% ../nbs/08_freezing.ipynb #cell-27
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssah_nb import SsahError, finetune_dpo, importance, preferences, redundant_units, train_only
+from ssah_nb import SsahError, finetune_dpo, importance, preferences, redundant_units, reference_margins, train_only
 from ssah_nb.models import chat_prompt, tiny_model, tiny_tokenizer
 
 BENIGN = [{"prompt": f"Question {i}", "response": f"Answer {i}"} for i in range(4)]
@@ -42,6 +42,14 @@ def test_dpo_step_is_the_papers_equation(tokenizer, max_tokens):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
     assert history.loss.tolist() == pytest.approx([e.item() for e in expected], rel=1e-3)
+
+
+def test_a_reference_can_be_computed_once_for_several_runs(tokenizer):
+    train = lambda reference: finetune_dpo(tiny_model(), tokenizer, ROWS, lr=1e-2, epochs=2, batch_size=4, reference=reference)
+    reference = reference_margins(tiny_model(), tokenizer, ROWS)
+    assert train(reference).loss.tolist() == train(None).loss.tolist() != train(reference_margins(tiny_model(seed=1), tokenizer, ROWS)).loss.tolist()
+    with pytest.raises(SsahError, match=f"reference has 2 margins for {len(ROWS)} rows"):
+        train(reference[:2])
 
 
 def test_dpo_trains_redundant_units_only(tokenizer):

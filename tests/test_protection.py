@@ -53,11 +53,16 @@ def test_optimizer_memory_is_what_is_trained(scored):
 
 
 def test_training_goes_on_until_the_loss_is_reached_or_says_that_it_never_was(scored):
-    train = lambda target: finetune_protected("scu_all_cu", tiny_model(), scored[0], PAIRS, *scored[1:], target=target, max_epochs=2, lr=1e-2, batch_size=2)[1]
-    one, never = train(None), train(1.0)
+    train = lambda target, **options: finetune_protected("scu_all_cu", tiny_model(), scored[0], PAIRS, *scored[1:], target=target, lr=1e-2, batch_size=2, **options)
+    (once, one), (_, never) = train(None), train(1.0)
     assert never["epochs"] == 2 and never["reached"] is False and never["training_perplexity"] < one["training_perplexity"]
-    between = train(0.99 * one["training_perplexity"])
-    assert between["reached"] and 1 < between["epochs"] <= 2
+    after = [train(1.0, max_epochs=1 + i/8)[1]["training_perplexity"] for i in range(4)]
+    assert after[0] == one["training_perplexity"] and sorted(after, reverse=True) == after
+    for share in (0.1, 0.9):  # of the two models around the target, the nearer one
+        _, done = train(after[1]**(1 - share) * after[2]**share)
+        assert done["reached"] and done["training_perplexity"] == after[1 if share < 0.5 else 2] and done["epochs"] == (1.125 if share < 0.5 else 1.25)
+    model, done = train(0.9999 * one["training_perplexity"])
+    assert done["reached"] and done["epochs"] == 1 and all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), once.state_dict().values()))
 
 
 def test_controls_have_our_size(scored):
