@@ -1,7 +1,7 @@
 """Wall minutes and peak memory of a whole command: `python benchmarks/commands.py make reproduce`.
 
-Adds or replaces the command's row in benchmarks/results/commands.csv; a command that failed or was killed before goes on, so its
-minutes are added to. Memory is the summed proportional set size (pages that
+Adds a row to benchmarks/results/commands.csv, so that the spread between runs is seen; a command that failed or was killed before
+goes on, so the minutes of its row are added to. Memory is the summed proportional set size (pages that
 processes share count once) of the command and everything that it starts, sampled every two seconds; on systems without it, the
 summed resident set size.
 """
@@ -41,12 +41,12 @@ def main(command: list[str]) -> int:
     row = {"command": " ".join(command), "minutes": (time.time() - start)/60, "peak_gb": peak/1e9, "starts": 1,
            "cores": psutil.cpu_count(), "python": platform.python_version(), "exit": process.wait()}
     rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=list(row))
-    mine = rows.command == row["command"]
-    for before in rows[mine & (rows.exit != 0)].itertuples():
+    stopped = (rows.command == row["command"]) & (rows.exit != 0)
+    for before in rows[stopped].itertuples():
         row |= {"minutes": row["minutes"] + before.minutes, "peak_gb": max(row["peak_gb"], before.peak_gb), "starts": before.starts + 1}
     row |= {"minutes": round(row["minutes"], 1), "peak_gb": round(row["peak_gb"], 2)}
     RESULTS.parent.mkdir(exist_ok=True)
-    pd.concat([rows[~mine], pd.DataFrame([row])]).sort_values("command").to_csv(RESULTS, index=False)
+    pd.concat([rows[~stopped], pd.DataFrame([row])]).sort_values("command", kind="stable").to_csv(RESULTS, index=False)
     print(row)
     return row["exit"]
 
