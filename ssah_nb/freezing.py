@@ -92,7 +92,7 @@ class LinearParts(nn.Module):
     weight, bias = property(lambda self: self.original("weight")), property(lambda self: self.original("bias"))
 
 # %% ../nbs/08_freezing.ipynb #cell-10
-FEW = 128  # tokens: with fewer, and no gradient, two products are cheaper
+FEW = 16  # tokens: with fewer, and no gradient, two products are cheaper
 
 class SplitLinear(LinearParts):
     "A linear of which only some rows or columns are trained."
@@ -114,11 +114,11 @@ class SplitLinear(LinearParts):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         for name in self.flags:
             if prefix + name not in state_dict: missing_keys.append(prefix + name); continue
-            new, wanted = state_dict[prefix + name], self.original(name)
-            if new.shape != wanted.shape: error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(new.shape)} instead of {tuple(wanted.shape)}"); continue
-            with torch.no_grad():
-                whole = getattr(self, f"whole_{name}").copy_(self.as_rows(name, new))
-                getattr(self, f"trained_{name}").copy_(whole[self.rows(name)])
+            new, whole = state_dict[prefix + name], getattr(self, f"whole_{name}").detach()
+            shape = tuple(self.as_rows(name, whole).shape)
+            if new.shape != shape: error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(new.shape)} instead of {shape}"); continue
+            whole.copy_(self.as_rows(name, new))
+            getattr(self, f"trained_{name}").detach().copy_(whole[self.rows(name)])
 
     def merged(self) -> nn.Linear:
         "The original linear, with what was trained."

@@ -22,7 +22,7 @@ from ssah_nb.freezing import FEW, SplitLinear, freeze, merge, split_linears
 from ssah_nb.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from ssah_nb.setup import SsahError
 
-LONG, SHORT = torch.arange(2*FEW).view(4, -1) % 250, torch.tensor([[5, 6, 7, 8]])  # without a gradient: one product; two
+LONG, SHORT = torch.arange(256).view(4, -1) % 250, torch.tensor([[5, 6, 7, 8]])  # without a gradient: one product; two
 
 
 def half(seed: int = 0) -> UnitMask:
