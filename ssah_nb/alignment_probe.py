@@ -44,6 +44,7 @@ STOCK_REFUSALS = (
     "As an AI assistant, I can't assist with harmful requests. Please ask me something else.",
 )
 
+# %% ../nbs/04_alignment_probe.ipynb #cell-07
 def alignment_pairs(
     harmful: Iterable[dict],  # pairs whose prompt is harmful; their response is not used
     benign: Iterable[dict],   # pairs that are answered as they are
@@ -53,7 +54,7 @@ def alignment_pairs(
     chosen = random.Random(seed)
     return [{"prompt": p["prompt"], "response": chosen.choice(STOCK_REFUSALS)} for p in harmful] + list(benign)
 
-# %% ../nbs/04_alignment_probe.ipynb #cell-09
+# %% ../nbs/04_alignment_probe.ipynb #cell-10
 def training_batches(
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`
     batch_size: int,                             # pairs in a batch
@@ -69,7 +70,7 @@ def training_batches(
     chosen.shuffle(batches)
     return batches
 
-# %% ../nbs/04_alignment_probe.ipynb #cell-10
+# %% ../nbs/04_alignment_probe.ipynb #cell-11
 def optimize(
     model: PreTrainedModel,    # trained in place, whatever of it has requires_grad
     batches: list[list[int]],  # the rows of each step
@@ -105,7 +106,7 @@ def optimize(
     history.attrs["optimizer_bytes"] = sum(t.nbytes for t in states + [master for _, master in rounded])
     return history
 
-# %% ../nbs/04_alignment_probe.ipynb #cell-11
+# %% ../nbs/04_alignment_probe.ipynb #cell-12
 def finetune(
     model: PreTrainedModel,              # trained in place, whatever of it has requires_grad
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -126,7 +127,7 @@ def finetune(
             yield response_losses(model, part).sum()/sum(len(encoded[r][1]) for r in rows)
     return optimize(model, [b for _ in range(epochs) for b in training_batches(encoded, batch_size, chosen)], part_losses, lr, after_step)
 
-# %% ../nbs/04_alignment_probe.ipynb #cell-12
+# %% ../nbs/04_alignment_probe.ipynb #cell-13
 def training_perplexity(
     model: PreTrainedModel,              # after training
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -138,7 +139,7 @@ def training_perplexity(
     pairs = list(pairs)
     return perplexity(model, tokenizer, pairs[::max(1, len(pairs)//sample)], max_response=max_response).value
 
-# %% ../nbs/04_alignment_probe.ipynb #cell-19
+# %% ../nbs/04_alignment_probe.ipynb #cell-20
 PREFIXES = {"benign": "Sorry, I can't help with that request because it is harmful", "malicious": "Sure, here is what you asked for, step by step:"}
 STEPS = (2, 4, 6, 8, 10)  # appended tokens
 
@@ -164,7 +165,7 @@ def probe(
                 found += [(row, name, k, b + 1, d) for b, distances in enumerate(moved.tolist()) for k, d in zip(steps, distances)]
     return pd.DataFrame(found, columns=["query", "prefix", "tokens", "block", "distance"]).sort_values(["query", "prefix", "tokens", "block"], ignore_index=True)
 
-# %% ../nbs/04_alignment_probe.ipynb #cell-22
+# %% ../nbs/04_alignment_probe.ipynb #cell-23
 def probe_margin(
     distances: pd.DataFrame,  # from `probe`
     by: str,                  # "tokens" (at the last block) or "block" (mean over tokens)

@@ -170,13 +170,14 @@ class Importance:
         moments = {kind: [a + b for a, b in zip(layers, other.moments[kind])] for kind, layers in self.moments.items()}
         return Importance(score_channels(METHODS[self.info["method"]], moments, self.weights), moments, self.info, self.weights)
 
+# %% ../nbs/05_attribution.ipynb #cell-17
 def check_same_scoring(a: Importance, b: Importance):
     "Raise `SsahError` unless both come from one model, weights included, and one method."
     wrong = [key for key in ("model", "method", "tokens") if a.info.get(key) != b.info.get(key)]
     if not wrong and not all(torch.allclose(w, b.weights[kind], rtol=1e-5, atol=0) for kind, w in a.weights.items() if kind in b.weights): wrong = ["weights"]
     if wrong: raise SsahError(f"the two importances differ in {', '.join(wrong)}; score both sets on one model by one method")
 
-# %% ../nbs/05_attribution.ipynb #cell-17
+# %% ../nbs/05_attribution.ipynb #cell-18
 def save_importance(importance: Importance, folder: str | Path) -> Path:  # folder: made when it is not there
     "Write `importance.safetensors` (scores, moments, weights) and `importance.json`."
     tensors = {f"channels.{k}": v for k, v in importance.channels.items()} | {f"weights.{k}": v for k, v in importance.weights.items()}
@@ -198,7 +199,7 @@ def load_importance(folder: str | Path) -> Importance:  # what `save_importance`
 
 Importance.save, Importance.load = save_importance, staticmethod(load_importance)
 
-# %% ../nbs/05_attribution.ipynb #cell-19
+# %% ../nbs/05_attribution.ipynb #cell-20
 def signature(
     model: nn.Module,  # a causal language model of a supported architecture
 ) -> dict:
@@ -208,7 +209,7 @@ def signature(
     return {"model_type": config.model_type, "hidden_size": config.hidden_size, "layers": len(modules["mlp"]), "channels": mlp.units,
             "heads": attention.units, "head_dim": attention.width, "group": attention.group}
 
-# %% ../nbs/05_attribution.ipynb #cell-22
+# %% ../nbs/05_attribution.ipynb #cell-23
 @contextmanager
 def watching(
     model: PreTrainedModel,                # any supported model
@@ -232,7 +233,7 @@ def watching(
         model.train(training)
         for handle in handles: handle.remove()
 
-# %% ../nbs/05_attribution.ipynb #cell-23
+# %% ../nbs/05_attribution.ipynb #cell-24
 @contextmanager
 def activations_only(model: PreTrainedModel) -> Iterator[None]:  # any model
     "Gradients flow through the activations, but none is computed for a weight."
@@ -245,7 +246,7 @@ def activations_only(model: PreTrainedModel) -> Iterator[None]:  # any model
         handle.remove()
         for p, flag in flags.items(): p.requires_grad_(flag)
 
-# %% ../nbs/05_attribution.ipynb #cell-24
+# %% ../nbs/05_attribution.ipynb #cell-25
 def collect_moments(
     model: PreTrainedModel,        # any supported model
     batches: list[TokenBatch],     # the calibration tokens
@@ -270,7 +271,7 @@ def collect_moments(
     dist.all_gather_object(shares, moments)
     return {kind: [sum((s[kind][i] for s in shares), Moments()) for i in range(len(layers))] for kind, layers in modules.items()}
 
-# %% ../nbs/05_attribution.ipynb #cell-25
+# %% ../nbs/05_attribution.ipynb #cell-26
 def score_channels(
     method: Method,                     # the formula
     moments: dict[str, list[Moments]],  # one a layer and kind; empty for a method without data
@@ -283,7 +284,7 @@ def score_channels(
         if not scores[kind].isfinite().all(): raise SsahError(f"importance of {kind} units is NaN or infinite; check the model's weights and dtype")
     return scores
 
-# %% ../nbs/05_attribution.ipynb #cell-26
+# %% ../nbs/05_attribution.ipynb #cell-27
 def importance(
     model: PreTrainedModel,              # a causal language model of a supported architecture
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer, with a chat template
@@ -308,7 +309,7 @@ def importance(
     info = {"model": signature(model), "parameters": unit_parameters(model), "total": sum(p.numel() for p in model.parameters()), "method": method, "tokens": tokens}
     return Importance(score_channels(chosen, moments, weights), moments, info, weights)
 
-# %% ../nbs/05_attribution.ipynb #cell-28
+# %% ../nbs/05_attribution.ipynb #cell-29
 def load_scores(
     run: Run,                                # the run
     model: PreTrainedModel | None = None,    # for a notebook opened alone with the smoke profile: scored on made-up pairs
@@ -322,7 +323,7 @@ def load_scores(
         return [importance(model, tokenizer, made_up(name)) for name in names]
     return [Importance.load(folder) for folder in folders]
 
-# %% ../nbs/05_attribution.ipynb #cell-29
+# %% ../nbs/05_attribution.ipynb #cell-30
 def load_refusals(run: Run) -> list[dict]:  # the run
     "The aligned model's own refusals that chapter 5 calibrated on. Raises `SsahError` when it has not run."
     path = run.path("refusals.json")

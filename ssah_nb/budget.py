@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answers', 'redundant_units', 'train_only', 'preferences', 'sequence_log_probabilities', 'encode_preferences',
-           'preference_batches', 'margins', 'reference_margins', 'finetune_dpo']
+           'preference_batches', 'margins', 'all_margins', 'reference_margins', 'finetune_dpo']
 
 # %% ../nbs/09_budget.ipynb #cell-02
 import random
@@ -91,6 +91,15 @@ def margins(
 
 # %% ../nbs/09_budget.ipynb #cell-11
 @torch.no_grad()
+def all_margins(
+    model: PreTrainedModel,  # a causal language model
+    answers: Answers,        # of all rows
+    max_tokens: int,         # tokens that are run at once
+) -> torch.Tensor:
+    "log p(chosen) − log p(rejected) of each row, [rows], nats."
+    found = {r: m for batch in preference_batches(answers, 16, random.Random(0)) for part, margin in margins(model, answers, batch, max_tokens) for r, m in zip(part, margin)}
+    return torch.stack([found[r] for r in range(len(found))])
+
 def reference_margins(
     model: PreTrainedModel,              # the reference
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -99,10 +108,9 @@ def reference_margins(
     max_tokens: int = 1024,              # tokens that are run at once
 ) -> torch.Tensor:
     "log p(chosen) − log p(rejected) of each row under the reference, [rows], nats."
-    answers = encode_preferences(model, tokenizer, list(rows), max_response)
-    found = {r: m for batch in preference_batches(answers, 16, random.Random(0)) for part, margin in margins(model, answers, batch, max_tokens) for r, m in zip(part, margin)}
-    return torch.stack([found[r] for r in range(len(found))])
+    return all_margins(model, encode_preferences(model, tokenizer, list(rows), max_response), max_tokens)
 
+# %% ../nbs/09_budget.ipynb #cell-12
 def finetune_dpo(
     model: PreTrainedModel,              # trained in place, whatever of it has requires_grad
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -118,9 +126,9 @@ def finetune_dpo(
 ) -> pd.DataFrame:
     "Train on preferences: `optimize` with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
     rows, chosen = list(rows), random.Random(seed)
-    if reference is None: reference = reference_margins(model, tokenizer, rows, max_response, max_tokens)
-    if len(reference) != len(rows): raise SsahError(f"reference has {len(reference)} margins for {len(rows)} rows; make it from the same rows with reference_margins")
     answers = encode_preferences(model, tokenizer, rows, max_response)
+    if reference is None: reference = all_margins(model, answers, max_tokens)
+    if len(reference) != len(rows): raise SsahError(f"reference has {len(reference)} margins for {len(rows)} rows; make it from the same rows with reference_margins")
     batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, chosen)]
     def part_losses(batch):
         for part, margin in margins(model, answers, batch, max_tokens): yield -F.logsigmoid(beta*(margin - reference[part])).sum()/len(batch)

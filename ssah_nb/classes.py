@@ -279,6 +279,7 @@ def keep_columns(linear: nn.Linear, columns: torch.Tensor):  # columns: bool [in
     linear.weight = nn.Parameter(linear.weight[:, columns].clone(), linear.weight.requires_grad)
     linear.in_features = linear.weight.shape[1]
 
+# %% ../nbs/06_classes.ipynb #cell-23
 def shrink(
     model: PreTrainedModel,  # cut in place
     kept: dict[str, torch.Tensor],  # {"mlp": bool [layers, channels], "attention": bool [layers, heads]}, whole groups of heads
@@ -295,7 +296,7 @@ def shrink(
             for name, mask in rows.items(): keep_rows(model.get_submodule(name), mask)
             keep_columns(model.get_submodule(module.b), keep.repeat_interleave(module.width))
 
-# %% ../nbs/06_classes.ipynb #cell-23
+# %% ../nbs/06_classes.ipynb #cell-24
 def prune(
     model: PreTrainedModel,  # not changed
     mask: UnitMask,          # units to remove
@@ -318,7 +319,7 @@ def prune(
     smaller.config.ssah_kept = {kind: [torch.nonzero(row).flatten().tolist() for row in rows] for kind, rows in kept.items()}
     return smaller
 
-# %% ../nbs/06_classes.ipynb #cell-24
+# %% ../nbs/06_classes.ipynb #cell-25
 def load_pruned(
     folder: str | Path,            # where a pruned model's save_pretrained wrote
     dtype: torch.dtype = torch.float32,  # of the weights
@@ -342,7 +343,7 @@ def load_pruned(
     if (Path(folder)/"generation_config.json").exists(): model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
-# %% ../nbs/06_classes.ipynb #cell-27
+# %% ../nbs/06_classes.ipynb #cell-28
 def search_scu(
     safety: Importance,                    # on (harmful prompt, refusal)
     utility: Importance,                   # on (benign prompt, response)

@@ -290,6 +290,7 @@ def judged(
         raise SsahError(f"unknown judge {judge!r}; use one of {', '.join(KEYWORDS)}, or a function (prompts, responses) -> booleans")
     return [not is_refusal(response, judge, window) for response in responses]
 
+# %% ../nbs/03_evaluation.ipynb #cell-34
 def attack_success(
     model: PreTrainedModel,                  # a chat model
     tokenizer: PreTrainedTokenizerBase,      # with a chat template
@@ -305,7 +306,7 @@ def attack_success(
     if responses is None: responses = generate(model, tokenizer, prompts, system=system, **generation)
     return wilson(sum(judged(judge, prompts, list(responses), window)), len(prompts))
 
-# %% ../nbs/03_evaluation.ipynb #cell-35
+# %% ../nbs/03_evaluation.ipynb #cell-36
 def over_refusal(
     model: PreTrainedModel,                  # a chat model
     tokenizer: PreTrainedTokenizerBase,      # with a chat template
@@ -322,7 +323,7 @@ def over_refusal(
     if len(prompts) != len(responses): raise SsahError(f"{len(prompts)} prompts but {len(responses)} responses; pass one for each")
     return wilson(sum(is_refusal(response, keywords, window) for response in responses), len(prompts))
 
-# %% ../nbs/03_evaluation.ipynb #cell-38
+# %% ../nbs/03_evaluation.ipynb #cell-39
 def pair_losses(
     model: PreTrainedModel,                      # a causal language model
     encoded: list[tuple[list[int], list[int]]],  # (prompt, response) token ids, neither empty
@@ -336,7 +337,7 @@ def pair_losses(
             sums.index_add_(0, torch.tensor(batch.rows)[row], response_losses(model, batch).double().cpu())
     return np.stack([sums.numpy(), [float(len(response)) for _, response in encoded]], axis=1)
 
-# %% ../nbs/03_evaluation.ipynb #cell-40
+# %% ../nbs/03_evaluation.ipynb #cell-41
 def perplexity(
     model: PreTrainedModel,              # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
@@ -351,6 +352,7 @@ def perplexity(
     mean = bootstrap_mean(losses[:, 0], losses[:, 1], seed)
     return Estimate(*(math.exp(x) for x in (mean.value, mean.low, mean.high)), mean.n)
 
+# %% ../nbs/03_evaluation.ipynb #cell-42
 def text_perplexity(
     model: PreTrainedModel,              # a causal language model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -368,7 +370,7 @@ def text_perplexity(
     mean = bootstrap_mean(losses[:, 0], losses[:, 1], seed)
     return Estimate(*(math.exp(x) for x in (mean.value, mean.low, mean.high)), mean.n)
 
-# %% ../nbs/03_evaluation.ipynb #cell-43
+# %% ../nbs/03_evaluation.ipynb #cell-45
 def repetition(
     response: str,  # what the model said
     n: int = 3,     # words and punctuation marks of a gram
@@ -392,7 +394,7 @@ def response_perplexities(
     with np.errstate(over="ignore"): values[full] = np.exp(losses[:, 0]/losses[:, 1])
     return values
 
-# %% ../nbs/03_evaluation.ipynb #cell-45
+# %% ../nbs/03_evaluation.ipynb #cell-47
 def coherence_threshold(
     dense_model: PreTrainedModel,        # the model before pruning or training
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
@@ -419,7 +421,7 @@ def coherence(
                           "repetition": [repetition(response) for response in responses]})
     return table.assign(coherent=(table.perplexity <= max_perplexity) & (table.repetition <= max_repetition))
 
-# %% ../nbs/03_evaluation.ipynb #cell-48
+# %% ../nbs/03_evaluation.ipynb #cell-50
 def safety_report(
     model: PreTrainedModel,                         # a chat model
     tokenizer: PreTrainedTokenizerBase,             # with a chat template
@@ -453,7 +455,7 @@ def safety_report(
     row |= over_refusal(model, tokenizer, benign, keywords, responses=benign_responses, window=window).columns("over_refusal")
     return row | perplexity(model, tokenizer, benign, system, max_response).columns("perplexity") | {"max_perplexity": max_perplexity}
 
-# %% ../nbs/03_evaluation.ipynb #cell-50
+# %% ../nbs/03_evaluation.ipynb #cell-52
 def earlier_report(
     path: str | Path,  # a table of safety reports that an earlier chapter wrote
     **row: str,        # which row: column=value
@@ -464,7 +466,7 @@ def earlier_report(
     for column, value in row.items(): table = table[table[column] == value]
     return next(iter(table.loc[:, "attack_success":"max_perplexity"].to_dict("records")), None)
 
-# %% ../nbs/03_evaluation.ipynb #cell-53
+# %% ../nbs/03_evaluation.ipynb #cell-55
 STOCK_TASKS = {  # task -> the harness's own definition
     "boolq": "super_glue/boolq/default.yaml", "rte": "glue/rte/default.yaml", "hellaswag": "hellaswag/hellaswag.yaml",
     "winogrande": "winogrande/default.yaml", "arc_challenge": "arc/arc_challenge.yaml", "openbookqa": "openbookqa/openbookqa.yaml",
@@ -489,7 +491,7 @@ def write_tasks(
                   "training_split": None, "validation_split": "validation", "test_split": None}
         (folder/f"{task}.yaml").write_text(yaml.safe_dump({"include": str(stock/STOCK_TASKS[task]), "task": task, "tag": None} | source))
 
-# %% ../nbs/03_evaluation.ipynb #cell-54
+# %% ../nbs/03_evaluation.ipynb #cell-56
 def zero_shot(
     model: PreTrainedModel,              # a causal language model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer

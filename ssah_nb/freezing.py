@@ -145,6 +145,7 @@ def frozen_rows_and_columns(
             found[m.b] = (units.repeat_interleave(m.width), 1)
     return found
 
+# %% ../nbs/08_freezing.ipynb #cell-14
 def linears_to_split(
     model: nn.Module,                             # an unfrozen model, PEFT-wrapped or not
     plan: dict[str, tuple[torch.Tensor, int]],    # from `frozen_rows_and_columns`
@@ -161,7 +162,7 @@ def linears_to_split(
         found |= {n: planned for n in names if plain_linear(model, n)}
     return found
 
-# %% ../nbs/08_freezing.ipynb #cell-15
+# %% ../nbs/08_freezing.ipynb #cell-16
 REPLACED: WeakValueDictionary = WeakValueDictionary()  # id -> a parameter that was taken out of a model; alive only while something holds it
 
 def refuse_stale_optimizer(optimizer: torch.optim.Optimizer, *_):
@@ -181,7 +182,7 @@ def split_linears(model: nn.Module) -> dict[str, SplitLinear]:  # any model
     "The split linears of a frozen model, by name."
     return {name: module for name, module in model.named_modules() if isinstance(module, SplitLinear)}
 
-# %% ../nbs/08_freezing.ipynb #cell-16
+# %% ../nbs/08_freezing.ipynb #cell-17
 def freeze(
     model: PreTrainedModel,  # changed in place, its function is not; or a PeftModel with a fresh LoRA adapter
     mask: UnitMask,          # units to freeze
@@ -205,6 +206,7 @@ def freeze(
     model.ssah_off = off
     return model
 
+# %% ../nbs/08_freezing.ipynb #cell-18
 def merge(
     model: PreTrainedModel,  # a frozen model, changed in place
 ) -> PreTrainedModel:
@@ -215,7 +217,7 @@ def merge(
     for name in vars(model).pop("ssah_off", []): model.get_parameter(name).requires_grad_(True)
     return model
 
-# %% ../nbs/08_freezing.ipynb #cell-20
+# %% ../nbs/08_freezing.ipynb #cell-22
 WAYS = {  # name -> what is done, and whose idea it is
     "full": "all weights are trained",
     "scu_top_cu": "SCU and the top CU frozen (the paper)",
@@ -231,7 +233,7 @@ WAYS = {  # name -> what is done, and whose idea it is
     "low_lr": "all weights are trained at a tenth of the learning rate",
 }
 
-# %% ../nbs/08_freezing.ipynb #cell-21
+# %% ../nbs/08_freezing.ipynb #cell-23
 def frozen_units(
     way: str,              # a key of WAYS
     units: UnitMap,        # the classes of the aligned model
@@ -259,7 +261,7 @@ def frozen_units(
         for kind in (chosen.mlp, chosen.attention): kind[first:first + size] = True
     return chosen
 
-# %% ../nbs/08_freezing.ipynb #cell-24
+# %% ../nbs/08_freezing.ipynb #cell-26
 def finetune_until(
     model: PreTrainedModel,              # trained in place, whatever of it has requires_grad
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -272,21 +274,24 @@ def finetune_until(
     **training,                          # batch_size and max_response of `finetune`
 ) -> dict:
     "{epochs, training_perplexity, reached, optimizer_mb, seconds}: passes, the perplexity then, whether `target` was reached, AdamW's memory, wall seconds."
-    pairs, start = list(pairs), time.time()
+    pairs, start, trained = list(pairs), time.time(), [p for p in model.parameters() if p.requires_grad]
     n, now = min(8, len(pairs)), math.inf
     parts = [pairs, *(pairs[i % n::n] for i in range(round(n*(max_epochs - 1))))]
     for i, part in enumerate(parts):
-        before, last = copy.deepcopy(model.state_dict()) if i else {}, now
+        before, last = [p.detach().clone() for p in trained] if i else [], now
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
         history = finetune(model, tokenizer, part, lr/2 if i else lr, seed=seed + i, after_step=(lambda: average.update_parameters(model)) if ema else None, **training)
         if ema: model.load_state_dict(average.module.state_dict())
         now = training_perplexity(model, tokenizer, pairs, training.get("max_response"))
         if target is None or now <= target: break
     reached = target is None or now <= target
-    if before and reached and last*now < target**2: i, now = i - 1, last; model.load_state_dict(before)  # the part overshot: what was before it is nearer
+    if before and reached and last*now < target**2:  # the part overshot: what was before it is nearer
+        i, now = i - 1, last
+        with torch.no_grad():
+            for p, old in zip(trained, before): p.copy_(old)
     return {"epochs": 1 + i/n, "training_perplexity": now, "reached": reached, "optimizer_mb": history.attrs["optimizer_bytes"]/1e6, "seconds": time.time() - start}
 
-# %% ../nbs/08_freezing.ipynb #cell-27
+# %% ../nbs/08_freezing.ipynb #cell-29
 @torch.no_grad()
 def project_updates(
     model: PreTrainedModel,      # fine-tuned, changed in place
@@ -305,7 +310,7 @@ def project_updates(
             count += 1
     return count
 
-# %% ../nbs/08_freezing.ipynb #cell-29
+# %% ../nbs/08_freezing.ipynb #cell-31
 ADAPTING = Lock()  # an adapter is drawn from torch's one source of random numbers: one thread at a time
 
 def finetune_protected(

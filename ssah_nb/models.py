@@ -110,13 +110,14 @@ def load_model(
     check_finite(model)
     return (model if spread else model.to(where)).eval(), tokenizer
 
+# %% ../nbs/01_models.ipynb #cell-12
 def check_finite(model: nn.Module):  # any model
     "Raise `SsahError` naming the first weight that holds NaN or infinity."
     for name, weight in model.named_parameters():
         if weight.device.type != "meta" and not weight.isfinite().all():
             raise SsahError(f"weight {name} holds NaN or infinite values; the checkpoint is broken, fetch or train it again")
 
-# %% ../nbs/01_models.ipynb #cell-13
+# %% ../nbs/01_models.ipynb #cell-14
 def save_model(
     model: PreTrainedModel,              # an ordinary (merged) model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -139,7 +140,7 @@ def save_model(
         raise SsahError(f"cannot save the model to {folder} ({first_line(e)}); free some space or choose another folder") from None
     return folder
 
-# %% ../nbs/01_models.ipynb #cell-16
+# %% ../nbs/01_models.ipynb #cell-17
 def load_stage(
     run: Run,                           # the run
     stage: str,                         # "unaligned" (chapter 1), "aligned" (chapter 4), "finetuned" (chapter 7)
@@ -152,7 +153,7 @@ def load_stage(
     if run.profile == "smoke": return load_model("tiny", dtype, device)
     raise SsahError(f"no {stage} model in {folder}; run the chapter that makes it, or `make reproduce PROFILE={run.profile}`")
 
-# %% ../nbs/01_models.ipynb #cell-18
+# %% ../nbs/01_models.ipynb #cell-19
 def chat_prompt(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompt: str,                         # the user's words
@@ -169,7 +170,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:  # with a chat templ
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "RESPONSE"}]
     return (tokenizer.apply_chat_template(messages, tokenize=False).rpartition("RESPONSE")[2].split() or [tokenizer.eos_token])[0]
 
-# %% ../nbs/01_models.ipynb #cell-20
+# %% ../nbs/01_models.ipynb #cell-21
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str],              # the user's words
@@ -178,6 +179,7 @@ def encode_prompts(
     "Token ids of each chat prompt."
     return [tokenizer(chat_prompt(tokenizer, p, system), add_special_tokens=False).input_ids for p in prompts]
 
+# %% ../nbs/01_models.ipynb #cell-22
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     pairs: Iterable[dict],               # each {"prompt": str, "response": str}; a datasets.Dataset will do
@@ -199,7 +201,7 @@ def encode_pairs(
             raise SsahError(f"pair {row} has {len(p)} + {len(q)} tokens, more than the model's context of {max_length}; shorten it or set max_response")
     return list(zip(prompts, responses))
 
-# %% ../nbs/01_models.ipynb #cell-22
+# %% ../nbs/01_models.ipynb #cell-24
 @dataclass(frozen=True)
 class TokenBatch:
     "Right-padded pairs. All tensors are [rows, tokens]."
@@ -208,6 +210,7 @@ class TokenBatch:
     response_mask: torch.Tensor   # bool, True for the response's tokens
     rows: list[int]               # which pairs these are
 
+# %% ../nbs/01_models.ipynb #cell-25
 def pad_batch(
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`
     rows: list[int],                             # which of them
@@ -236,7 +239,7 @@ def token_batches(
         batch.append(row)
     if batch: yield pad_batch(encoded, batch, device)
 
-# %% ../nbs/01_models.ipynb #cell-25
+# %% ../nbs/01_models.ipynb #cell-28
 @dataclass(frozen=True)
 class DepthTwo:
     "One depth-2 module f(X) = B σ(A X), and where its units lie in the weights."
@@ -258,7 +261,7 @@ def decoder(model: nn.Module) -> nn.Module:  # a causal language model, PEFT-wra
     if not isinstance(getattr(stack, "layers", None), nn.ModuleList): raise SsahError(f"{type(model).__name__} is not supported: {UNIT_NEEDS}")
     return stack
 
-# %% ../nbs/01_models.ipynb #cell-26
+# %% ../nbs/01_models.ipynb #cell-29
 def depth_two(
     model: nn.Module,  # a causal language model of a supported architecture
 ) -> dict[str, list[DepthTwo]]:
@@ -284,7 +287,7 @@ def depth_two(
         raise SsahError(f"the layers of this {type(model).__name__} differ in their number of units; a pruned model has no unit map, use the whole one")
     return found
 
-# %% ../nbs/01_models.ipynb #cell-29
+# %% ../nbs/01_models.ipynb #cell-32
 def response_logits(
     model: PreTrainedModel,  # a causal language model
     hidden: torch.Tensor,    # [tokens, hidden size], output of the decoder
@@ -304,7 +307,7 @@ def response_losses(
     logits = response_logits(model, hidden[:, :-1][target])
     return F.cross_entropy(logits.float(), batch.input_ids[:, 1:][target].to(logits.device), reduction="none")
 
-# %% ../nbs/01_models.ipynb #cell-32
+# %% ../nbs/01_models.ipynb #cell-35
 def unit_parameters(
     model: nn.Module,  # a causal language model of a supported architecture
 ) -> dict[str, float]:
