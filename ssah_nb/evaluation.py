@@ -485,7 +485,7 @@ def write_tasks(
     for task in tasks:
         if task not in STOCK_TASKS: raise SsahError(f"unknown task {task!r}; use some of {', '.join(STOCK_TASKS)}")
         questions = Dataset.from_file(str(local_task_file(task)))
-        questions.select(range(min(limit or len(questions), len(questions)))).to_parquet(folder/f"{task}.parquet")
+        questions.select(range(len(questions))[:limit]).to_parquet(folder/f"{task}.parquet")
         data = {"data_files": {"validation": str(folder/f"{task}.parquet")}, "cache_dir": str(folder/"data")}
         source = {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": data, "num_fewshot": 0,
                   "training_split": None, "validation_split": "validation", "test_split": None}
@@ -497,7 +497,7 @@ def zero_shot(
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
     tasks: Sequence[str] = SIX,          # names in `STOCK_TASKS`
     limit: int | None = 200,             # questions of each task, the first ones; None: all
-    batch_size: int | None = None,       # answers side by side; None: 4 on a CPU, where padding costs most, else 16
+    batch_size: int | None = None,       # answers side by side; None: 4 on a CPU, else 16
 ) -> pd.DataFrame:
     "Accuracy of each task with Wilson's interval: columns task, accuracy, low, high, n, acc_norm. Raises `SsahError` for an unknown task."
     import lm_eval.evaluator, lm_eval.tasks  # here, because they take seconds and only zero-shot tasks need them

@@ -23,6 +23,7 @@ from ssah_nb.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from ssah_nb.setup import SsahError
 
 LONG, SHORT = torch.arange(256).view(4, -1) % 250, torch.tensor([[5, 6, 7, 8]])  # without a gradient: one product; two
+assert SHORT.numel() < FEW <= LONG.numel()
 
 
 def half(seed: int = 0) -> UnitMask:
