@@ -29,6 +29,14 @@ def memory(process: psutil.Process) -> int:  # bytes of the process and all belo
     return total
 
 
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def main(command: list[str]) -> int:
     start, peak = time.time(), 0
     process = psutil.Popen(command)
@@ -39,9 +47,9 @@ def main(command: list[str]) -> int:
             break
         time.sleep(2)
     row = {"command": " ".join(command), "minutes": (time.time() - start)/60, "peak_gb": peak/1e9, "starts": 1,
-           "cores": psutil.cpu_count(), "python": platform.python_version(), "exit": process.wait()}
+           "cpu": cpu_name(), "cores": psutil.cpu_count(), "python": platform.python_version(), "exit": process.wait()}
     rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=list(row))
-    stopped = (rows.command == row["command"]) & (rows.exit != 0)
+    stopped = (rows.command == row["command"]) & (rows.cpu == row["cpu"]) & (rows.exit != 0)
     for before in rows[stopped].itertuples():
         row |= {"minutes": row["minutes"] + before.minutes, "peak_gb": max(row["peak_gb"], before.peak_gb), "starts": before.starts + 1}
     row |= {"minutes": round(row["minutes"], 1), "peak_gb": round(row["peak_gb"], 2)}

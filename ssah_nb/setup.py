@@ -239,10 +239,10 @@ class Run:
 
 # %% ../nbs/00_setup.ipynb #cell-32
 def versions() -> dict[str, str]:
-    "The versions that a result depends on."
+    "What a result's last digits depend on: the versions, and the instructions that torch uses on this CPU."
     names = ["torch", "transformers", "datasets", "numpy", "lm_eval", "matplotlib", "ssah_nb"]
     found = {n: metadata.version(n) for n in names if any(True for _ in metadata.distributions(name=n))}
-    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+    return {"python": platform.python_version(), "machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), **found}
 
 def table_figure(
     table: pd.DataFrame,  # at most a few dozen rows, already rounded for reading
@@ -269,12 +269,16 @@ def read_run_table(run: Run, name: str) -> pd.DataFrame:  # name: without its en
     if not path.exists(): raise SsahError(f"{path} is not there; run the chapter that writes it, or `make reproduce PROFILE={run.profile}`")
     return pd.read_csv(path)
 
-def finish_run(run: Run, model: torch.nn.Module | None = None):  # the chapter's model, for its device and dtype
-    "Write this chapter's part of the manifest: files with sha256, parameters, versions, device, dtype, minutes."
+def finish_run(
+    run: Run,
+    model: torch.nn.Module | None = None,        # the chapter's model, for its device and dtype
+    seconds: dict[str, float] | None = None,     # what took how long: not for a table, since no two runs take as long
+):
+    "Write this chapter's part of the manifest: files with sha256, parameters, versions, device, dtype, minutes, seconds."
     write_atomic(run.path("manifest", f"{run.chapter}.json"), json.dumps(
         {"chapter": run.chapter, "parameters": run.parameters, "minutes": round((time.time() - run.started)/60, 2),
          "device": str(getattr(model, "device", "none")), "dtype": str(getattr(model, "dtype", "none")), "threads": torch.get_num_threads(),
-         "versions": versions(), "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.written}},
+         "versions": versions(), **({"seconds": {name: round(s, 1) for name, s in seconds.items()}} if seconds else {}), "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.written}},
         indent=1, default=str).encode())
 
 Run.read_table, Run.finish = read_run_table, finish_run

@@ -58,10 +58,10 @@ def test_missing_table_names_the_command(run):
 
 def test_manifest_has_hashes_parameters_and_device(run):
     run.save_table("table", pd.DataFrame({"a": [0.5], "b": ["text"]}))
-    run.finish(torch.nn.Linear(1, 1))
+    run.finish(torch.nn.Linear(1, 1), {"one way": 1.25})
     part = json.loads(run.path("manifest", "05_attribution.json").read_text())
     assert set(part["files"]) == {"table.csv", "table.png", "table.svg"} and part["parameters"] == {"seed": 3, "lr": 0.1}
-    assert {"minutes", "device", "dtype", "versions", "threads"} <= set(part)
+    assert {"minutes", "device", "dtype", "versions", "threads"} <= set(part) and part["seconds"] == {"one way": 1.2}
 
 
 def test_write_atomic_replaces_or_keeps(tmp_path):
