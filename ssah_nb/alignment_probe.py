@@ -9,6 +9,7 @@ __all__ = ['STOCK_REFUSALS', 'PREFIXES', 'STEPS', 'alignment_pairs', 'training_b
 # %% ../nbs/04_alignment_probe.ipynb #cell-02
 import math
 import random
+import time
 from typing import Callable, Iterable
 
 import numpy as np
@@ -78,8 +79,8 @@ def optimize(
     lr: float,                 # peak learning rate
     after_step: Callable[[], None] | None = None,  # called after each step, e.g. to average weights
 ) -> pd.DataFrame:
-    """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]`. Raises `SsahError` when nothing can be trained or the loss is NaN."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]` and `attrs["seconds"]`. Raises `SsahError` when nothing can be trained or the loss is NaN."""
+    start, trained = time.time(), [p for p in model.parameters() if p.requires_grad]
     if not trained: raise SsahError("no parameter of the model is trainable; unfreeze some of it")
     masters = [torch.nn.Parameter(p.detach().float()) for p in trained]  # of a float32 model: the weights themselves, no copies
     rounded = [(p, master) for p, master in zip(trained, masters) if p.dtype != torch.float32]
@@ -103,7 +104,7 @@ def optimize(
     model.eval()
     history = pd.DataFrame({"step": range(len(losses)), "loss": losses})
     states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    history.attrs["optimizer_bytes"] = sum(t.nbytes for t in states + [master for _, master in rounded])
+    history.attrs |= {"optimizer_bytes": sum(t.nbytes for t in states + [master for _, master in rounded]), "seconds": time.time() - start}
     return history
 
 # %% ../nbs/04_alignment_probe.ipynb #cell-12

@@ -10,7 +10,6 @@ __all__ = ['FEW', 'REPLACED', 'WAYS', 'ADAPTING', 'SplitProduct', 'LinearParts',
 # %% ../nbs/08_freezing.ipynb #cell-02
 import copy
 import math
-import time
 from threading import Lock
 from typing import Iterable
 from weakref import WeakValueDictionary
@@ -273,14 +272,15 @@ def finetune_until(
     seed: int = 0,                       # seed of the order
     **training,                          # batch_size and max_response of `finetune`
 ) -> dict:
-    "{epochs, training_perplexity, reached, optimizer_mb, seconds}: passes, the perplexity then, whether `target` was reached, AdamW's memory, wall seconds."
-    pairs, start, trained = list(pairs), time.time(), [p for p in model.parameters() if p.requires_grad]
-    n, now = min(8, len(pairs)), math.inf
+    "{epochs, training_perplexity, reached, optimizer_mb, seconds}: passes, the perplexity then, whether `target` was reached, AdamW's memory, seconds of training."
+    pairs, trained = list(pairs), [p for p in model.parameters() if p.requires_grad]
+    n, now, seconds = min(8, len(pairs)), math.inf, 0.0
     parts = [pairs, *(pairs[i % n::n] for i in range(round(n*(max_epochs - 1))))]
     for i, part in enumerate(parts):
         before, last = [p.detach().clone() for p in trained] if i else [], now
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
         history = finetune(model, tokenizer, part, lr/2 if i else lr, seed=seed + i, after_step=(lambda: average.update_parameters(model)) if ema else None, **training)
+        seconds += history.attrs["seconds"]
         if ema: model.load_state_dict(average.module.state_dict())
         now = training_perplexity(model, tokenizer, pairs, training.get("max_response"))
         if target is None or now <= target: break
@@ -289,7 +289,7 @@ def finetune_until(
         i, now = i - 1, last
         with torch.no_grad():
             for p, old in zip(trained, before): p.copy_(old)
-    return {"epochs": 1 + i/n, "training_perplexity": now, "reached": reached, "optimizer_mb": history.attrs["optimizer_bytes"]/1e6, "seconds": time.time() - start}
+    return {"epochs": 1 + i/n, "training_perplexity": now, "reached": reached, "optimizer_mb": history.attrs["optimizer_bytes"]/1e6, "seconds": seconds}
 
 # %% ../nbs/08_freezing.ipynb #cell-29
 @torch.no_grad()
