@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answers', 'redundant_units', 'train_only', 'preferences', 'sequence_log_probabilities', 'encode_preferences',
-           'preference_batches', 'margins', 'all_margins', 'reference_margins', 'finetune_dpo']
+           'preference_batches', 'answer_log_probabilities', 'all_margins', 'reference_margins', 'finetune_dpo']
 
 # %% ../nbs/09_budget.ipynb #cell-02
 import random
@@ -76,18 +76,18 @@ def preference_batches(answers: Answers, batch_size: int, chosen: random.Random)
     "Batches of rows of like length, in a random order."
     return training_batches([(prompt, c + r) for (prompt, c), (_, r) in zip(answers["chosen"], answers["rejected"])], batch_size, chosen)
 
-def margins(
+def answer_log_probabilities(
     model: PreTrainedModel,   # a causal language model
     answers: Answers,         # of all rows
     batch: list[int],         # the rows that are wanted
     max_tokens: int,          # tokens that are run at once
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    "log p(chosen) − log p(rejected) of a batch, part by part: (rows, [rows] nats)."
+    "log p of the chosen and of the rejected answers of a batch, part by part: (rows, [2, rows] nats)."
     longest = max(len(prompt) + len(answer) for pairs in answers.values() for prompt, answer in (pairs[r] for r in batch))
     size = max(1, max_tokens//(2*longest))
     for part in (batch[i:i + size] for i in range(0, len(batch), size)):
         pairs = [answers[key][r] for key in ("chosen", "rejected") for r in part]
-        yield part, sequence_log_probabilities(model, pad_batch(pairs, list(range(len(pairs))), model.device)).view(2, -1).diff(dim=0).neg()[0]
+        yield part, sequence_log_probabilities(model, pad_batch(pairs, list(range(len(pairs))), model.device)).view(2, -1)
 
 # %% ../nbs/09_budget.ipynb #cell-11
 @torch.no_grad()
@@ -97,7 +97,8 @@ def all_margins(
     max_tokens: int,         # tokens that are run at once
 ) -> torch.Tensor:
     "log p(chosen) − log p(rejected) of each row, [rows], nats."
-    found = {r: m for batch in preference_batches(answers, 16, random.Random(0)) for part, margin in margins(model, answers, batch, max_tokens) for r, m in zip(part, margin)}
+    batches = preference_batches(answers, 16, random.Random(0))
+    found = {r: m for batch in batches for part, (chosen, rejected) in answer_log_probabilities(model, answers, batch, max_tokens) for r, m in zip(part, chosen - rejected)}
     return torch.stack([found[r] for r in range(len(found))])
 
 def reference_margins(
@@ -120,16 +121,20 @@ def finetune_dpo(
     batch_size: int = 16,                # rows in a batch
     max_response: int | None = None,     # tokens kept of each answer
     beta: float = 0.1,                   # strength of the pull towards the reference
+    sft_weight: float = 0.0,             # of the chosen answers' SFT loss, nats per token, beside the DPO loss; 0: none
     seed: int = 0,                       # seed of the order
     max_tokens: int = 1024,              # tokens that are run at once
     reference: torch.Tensor | None = None,  # from `reference_margins`; None: the reference is the model before training
 ) -> pd.DataFrame:
     "Train on preferences: `optimize` with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
-    rows, chosen = list(rows), random.Random(seed)
+    rows, order = list(rows), random.Random(seed)
     answers = encode_preferences(model, tokenizer, rows, max_response)
     if reference is None: reference = all_margins(model, answers, max_tokens)
     if len(reference) != len(rows): raise SsahError(f"reference has {len(reference)} margins for {len(rows)} rows; make it from the same rows with reference_margins")
-    batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, chosen)]
+    tokens = torch.tensor([len(answer) for _, answer in answers["chosen"]])
     def part_losses(batch):
-        for part, margin in margins(model, answers, batch, max_tokens): yield -F.logsigmoid(beta*(margin - reference[part])).sum()/len(batch)
-    return optimize(model, batches, part_losses, lr)
+        for part, (chosen, rejected) in answer_log_probabilities(model, answers, batch, max_tokens):
+            losses = -F.logsigmoid(beta*(chosen - rejected - reference[part]))
+            if sft_weight: losses = losses - sft_weight*chosen/tokens[part].to(chosen.device)
+            yield losses.sum()/len(batch)
+    return optimize(model, [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)], part_losses, lr)

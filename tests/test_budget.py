@@ -28,15 +28,16 @@ def test_an_empty_compliance_is_no_error():
     assert ROWS[3]["rejected"] == "Sure." and all(row["chosen"] != row["rejected"] for row in ROWS)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 4096])  # row by row, all at once
-def test_dpo_step_is_the_papers_equation(tokenizer, max_tokens):
+@pytest.mark.parametrize("max_tokens, sft_weight", [(1, 0.0), (4096, 0.0), (4096, 0.5)])  # row by row, all at once, with RPO's term
+def test_dpo_step_is_the_papers_equation(tokenizer, max_tokens, sft_weight):
     model, reference = tiny_model(seed=1), tiny_model(seed=1)
     expected = []
     for epoch in range(2):  # all rows in one batch: the second loss is after one step
-        margin = [[log_probability(m, tokenizer, r["prompt"], r["chosen"]) - log_probability(m, tokenizer, r["prompt"], r["rejected"]) for r in ROWS] for m in (model, reference)]
-        expected.append(-F.logsigmoid(0.1 * (torch.stack(margin[0]) - torch.stack(margin[1]))).mean())
+        chosen, rejected, before, after = (torch.stack([log_probability(m, tokenizer, r["prompt"], r[key]) for r in ROWS]) for m in (model, reference) for key in ("chosen", "rejected"))
+        sizes = torch.tensor([len(tokenizer(r["chosen"] + "<|im_end|>").input_ids) for r in ROWS])
+        expected.append((-F.logsigmoid(0.1 * (chosen - rejected - (before - after))) - sft_weight * chosen / sizes).mean())
         if epoch == 0:
-            history = finetune_dpo(tiny_model(seed=1), tokenizer, ROWS, lr=1e-2, epochs=2, batch_size=8, max_tokens=max_tokens)
+            history = finetune_dpo(tiny_model(seed=1), tokenizer, ROWS, lr=1e-2, epochs=2, batch_size=8, sft_weight=sft_weight, max_tokens=max_tokens)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2/1.1, betas=(0.9, 0.99), weight_decay=0.0)  # the warm-up's first step
             expected[0].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
