@@ -278,7 +278,8 @@ def finish_run(
     write_atomic(run.path("manifest", f"{run.chapter}.json"), json.dumps(
         {"chapter": run.chapter, "parameters": run.parameters, "minutes": round((time.time() - run.started)/60, 2),
          "device": str(getattr(model, "device", "none")), "dtype": str(getattr(model, "dtype", "none")), "threads": torch.get_num_threads(),
-         "versions": versions(), **({"seconds": {name: round(s, 1) for name, s in seconds.items()}} if seconds else {}), "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.written}},
+         "versions": versions(), **({"seconds": {name: round(s, 1) for name, s in seconds.items()}} if seconds else {}),
+         "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.written}},
         indent=1, default=str).encode())
 
 Run.read_table, Run.finish = read_run_table, finish_run
