@@ -20,7 +20,7 @@ import torch
 from ssah_nb.attribution import METHODS, importance
 from ssah_nb.data import load_pairs
 from ssah_nb.models import decoder, encode_pairs, load_model, token_batches
-from ssah_nb.setup import set_seed, show_progress
+from ssah_nb.setup import processor, set_seed, show_progress
 
 WAYS = ("forward", "importance")
 
@@ -93,8 +93,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for _ in range(options.repeats):
         for way in WAYS: taken[way].append(seconds(ready[way], device))
     median, memory = {way: statistics.median(t) for way, t in taken.items()}, {way: peak(way, ready, arguments) for way in WAYS}
-    chip = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{options.model} in {ready['model'].dtype} on {chip}; {options.pairs} pairs, {ready['tokens']} tokens, statistics over {options.tokens} tokens, "
+    print(f"{options.model} in {ready['model'].dtype} on {processor(device)}, {torch.get_num_threads()} thread(s); {options.pairs} pairs, {ready['tokens']} tokens, statistics over {options.tokens} tokens, "
           f"method {options.method}, medians of {options.repeats}")
     for way in WAYS: print(f"{way:>12}: {ready['tokens']/median[way]:9.0f} tokens/s, peak memory {memory[way]:8.0f} MB")
     result = {"time_ratio": median["importance"]/median["forward"], "memory_ratio": memory["importance"]/memory["forward"]}

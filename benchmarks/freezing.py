@@ -18,7 +18,7 @@ from torch import nn
 from ssah_nb.classes import UnitMask
 from ssah_nb.freezing import freeze, frozen_rows_and_columns, merge
 from ssah_nb.models import depth_two, load_model, tiny_model, unit_parameters
-from ssah_nb.setup import set_seed
+from ssah_nb.setup import processor, set_seed
 
 SMALL = dict(vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
 
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     model.train()
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     batches = [torch.randint(0, 256, (options.rows, options.tokens), device=model.device) for _ in range(options.steps + 1)]
-    print(f"{options.model} in {model.dtype} on {model.device}, {torch.get_num_threads()} thread(s), AdamW, {options.rows} x {options.tokens} tokens a step, {options.steps} steps, {options.clock} time")
+    print(f"{options.model} in {model.dtype} on {processor(model.device)}, {torch.get_num_threads()} thread(s), AdamW, {options.rows} x {options.tokens} tokens a step, {options.steps} steps, {options.clock} time")
     verdict = lambda value, bar: f"{value:.3f} (bar {bar:.3f}, {'met' if value <= bar else 'NOT met'})"
     for share in options.shares:
         r = measure(model, share, batches, clock)

@@ -15,7 +15,7 @@ import torch
 from ssah_nb.data import load_pairs
 from ssah_nb.evaluation import SYSTEM_PROMPTS, evaluating, greedy_tokens, shared_prefix, stop_ids, texts
 from ssah_nb.models import encode_prompts, load_model
-from ssah_nb.setup import set_seed
+from ssah_nb.setup import processor, set_seed, show_progress
 
 
 def transformers_tokens(model, encoded: list[list[int]], stop: list[int], max_new_tokens: int) -> list[list[int]]:
@@ -45,11 +45,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--system", nargs="+", default=["none", "short"], choices=["none", *SYSTEM_PROMPTS], help="system prompts to measure with")
     parser.add_argument("--repeats", type=int, default=1, help="the two ways take turns; the faster run of each counts")
     options, results = parser.parse_args(arguments), []
+    show_progress(False)
     set_seed(0)
     model, tokenizer = load_model(options.model)
     prompts = texts(load_pairs(options.prompts or ("toy_harmful" if options.model == "tiny" else "advbench")))[:options.rows]
     stop, n = stop_ids(model, tokenizer), options.max_new_tokens
-    print(f"{options.model} in {model.dtype} on {model.device}, {torch.get_num_threads()} thread(s), {len(prompts)} prompts, up to {n} new tokens")
+    print(f"{options.model} in {model.dtype} on {processor(model.device)}, {torch.get_num_threads()} thread(s), {len(prompts)} prompts, up to {n} new tokens")
     for name in options.system:
         encoded = encode_prompts(tokenizer, prompts, None if name == "none" else SYSTEM_PROMPTS[name])
         ways = {"transformers": lambda: transformers_tokens(model, encoded, stop, n),

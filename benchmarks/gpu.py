@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ssah_nb.attribution import METHODS, collect_moments
 from ssah_nb.freezing import freeze
 from ssah_nb.models import TokenBatch, decoder
-from ssah_nb.setup import set_seed, show_progress
+from ssah_nb.setup import processor, set_seed, show_progress
 
 SHAPES = {"llama2-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
           "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)}
@@ -114,8 +114,7 @@ def main(arguments: list[str] | None = None):
     for r in rows:
         if full and "f" in r: r |= {"ratio": r["seconds"]/full["seconds"], "bar": (1 - r["f"]/3)*1.1, "memory_ratio": r["optimizer_gb"]/full["optimizer_gb"]}
         elif r["what"] == "attribution": r["bar"] = 1.15
-    chip = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    table = pd.DataFrame(rows).assign(shape=options.shape, chip=chip, batch=f"{options.rows} x {options.tokens}", torch=torch.__version__)
+    table = pd.DataFrame(rows).assign(shape=options.shape, chip=processor(options.device), batch=f"{options.rows} x {options.tokens}", torch=torch.__version__)
     print(table.to_string(index=False))
     if options.device == "cuda": table.to_csv(Path(__file__).parent/"results/gpu.csv", index=False, float_format="%.4g")
 

@@ -15,7 +15,7 @@ import torch
 from ssah_nb.alignment_probe import finetune
 from ssah_nb.data import load_pairs, without_safety_phrases
 from ssah_nb.models import encode_pairs, load_model
-from ssah_nb.setup import set_seed, show_progress
+from ssah_nb.setup import pick_device, processor, set_seed, show_progress
 
 
 def main(arguments: list[str] | None = None) -> pd.DataFrame:
@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     show_progress(False)
     pairs = without_safety_phrases(load_pairs("toy_benign" if options.model == "tiny" else "alpaca_eval"))
     pairs = (pairs*(options.steps*options.batch_size//len(pairs) + 1))[:options.steps*options.batch_size]
+    print(f"{options.model} on {processor(pick_device(options.device))}, {torch.get_num_threads()} thread(s), AdamW, {options.steps} steps of {options.batch_size} pairs, "
+          f"responses of up to {options.max_response} tokens")
     for way, dtype in (("float32", torch.float32), ("autocast", torch.float32), ("bfloat16", torch.bfloat16)):
         set_seed(0)
         model, tokenizer = load_model(options.model, dtype, options.device)
@@ -41,7 +43,8 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         taken, curves[way] = time.perf_counter() - start, history.loss.groupby(history.step//10).mean()
         rows.append({"way": way, "tokens_per_second": tokens/taken, "speed": rows[0]["seconds"]/taken if rows else 1.0, "seconds": taken,
                      "loss_off": float((curves[way]/curves["float32"] - 1).abs().max()), "optimizer_mb": history.attrs["optimizer_bytes"]/1e6})
-        print(rows[-1], flush=True)
+        print(f"{way:>8}: {tokens/taken:6.0f} tokens/s, {rows[-1]['speed']:.2f} x the speed of float32, loss within {rows[-1]['loss_off']:.2%} of its, "
+              f"optimizer {rows[-1]['optimizer_mb']:.0f} MB", flush=True)
     return pd.DataFrame(rows)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SsahError', 'set_seed', 'pick_device', 'pick_dtype', 'show_progress', 'progress', 'side_by_side', 'write_atomic',
-           'cache_folder', 'fetch_wheel', 'wheel_member', 'project_root', 'figure_bytes', 'Run', 'versions',
-           'table_figure', 'read_run_table', 'finish_run']
+           'cache_folder', 'fetch_wheel', 'wheel_member', 'project_root', 'figure_bytes', 'Run', 'processor',
+           'versions', 'table_figure', 'read_run_table', 'finish_run']
 
 # %% ../nbs/00_setup.ipynb #cell-02
 import contextlib
@@ -238,11 +238,21 @@ class Run:
         return fig
 
 # %% ../nbs/00_setup.ipynb #cell-32
+def processor(
+    device: torch.device | str = "cpu",  # where a model is
+) -> str:
+    "The name of the GPU, or of the CPU and the instructions that torch uses on it."
+    if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
 def versions() -> dict[str, str]:
-    "What a result's last digits depend on: the versions, and the instructions that torch uses on this CPU."
+    "What a result's last digits depend on: the versions, and the CPU with the instructions that torch uses on it."
     names = ["torch", "transformers", "datasets", "numpy", "lm_eval", "matplotlib", "ssah_nb"]
     found = {n: metadata.version(n) for n in names if any(True for _ in metadata.distributions(name=n))}
-    return {"python": platform.python_version(), "machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), **found}
+    return {"python": platform.python_version(), "machine": platform.machine(), "cpu": processor(), **found}
 
 def table_figure(
     table: pd.DataFrame,  # at most a few dozen rows, already rounded for reading
