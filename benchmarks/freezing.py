@@ -71,9 +71,8 @@ def measure(model: nn.Module, f: float, batches: list[torch.Tensor], clock) -> d
     mask, rest = random_units(model, f)
     ways = {"full": copy.deepcopy(model), "masked": copy.deepcopy(model), "frozen": freeze(copy.deepcopy(model), mask, rest=rest)}
     mask_gradients(ways["masked"], mask, rest)
-    total, parameters = linear_parameters(model), model.num_parameters()
+    total = linear_parameters(model)
     left = linear_parameters(ways["frozen"], trained=True) + sum(p.numel() for n, p in ways["frozen"].named_parameters() if n.endswith("trained_weight"))
-    trained = sum(p.numel() for p in ways["frozen"].parameters() if p.requires_grad)
     optimizers = {way: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4) for way, m in ways.items()}
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for ids in batches:
@@ -86,7 +85,7 @@ def measure(model: nn.Module, f: float, batches: list[torch.Tensor], clock) -> d
         kept[way] = all(torch.equal(*(s[f"{n}.weight"].movedim(dim, 0)[rows.to(model.device)] for s in (after, before))) for n, (rows, dim) in frozen_rows_and_columns(model, mask).items())
     f = 1 - left/total
     return {"f": f, "rest": rest, "full_seconds": statistics.median(taken["full"][1:]), "time": ratio["frozen"], "time_bar": (1 - f/3)*1.1, "masked_time": ratio["masked"],
-            "memory": memory["frozen"], "memory_bar": trained/parameters*1.05, "masked_memory": memory["masked"], "kept": kept["frozen"], "masked_kept": kept["masked"]}
+            "memory": memory["frozen"], "memory_bar": (1 - f)*1.05, "masked_memory": memory["masked"], "kept": kept["frozen"], "masked_kept": kept["masked"]}
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
