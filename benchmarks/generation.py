@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         encoded = encode_prompts(tokenizer, prompts, None if name == "none" else SYSTEM_PROMPTS[name])
         ways = {"transformers": lambda: transformers_tokens(model, encoded, stop, n),
                 "ours": lambda: greedy_tokens(model, encoded, stop, n, len(encoded))}
-        greedy_tokens(model, encoded[:2], stop, 2)  # first calls are slow for reasons of their own
+        for run in (greedy_tokens, transformers_tokens): run(model, encoded[:2], stop, 2)  # first calls are slow for reasons of their own
         taken, tokens = {way: float("inf") for way in ways}, {}
         for _ in range(options.repeats):
             for way, run in ways.items():

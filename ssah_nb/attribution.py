@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .models import DepthTwo, TokenBatch, decoder, depth_two, encode_pairs, response_losses, token_batches, unit_parameters
+from .models import DepthTwo, TokenBatch, decoder, depth_two, encode_pairs, evaluation_mode, response_losses, token_batches, unit_parameters
 from .setup import Run, SsahError, progress, write_atomic
 
 # %% ../nbs/05_attribution.ipynb #cell-06
@@ -217,7 +217,7 @@ def watching(
     method: Method,                        # what is averaged
 ) -> Iterator[list]:
     "Hooks at the input of every B. The yielded list's only item says which tokens of the current batch count, as `pieces` takes it."
-    rows, handles, training = [None], [], model.training
+    rows, handles = [None], []
     def watch(m: Moments) -> Callable:
         def hook(_, inputs):
             x = inputs[0].detach()
@@ -227,10 +227,8 @@ def watching(
     try:
         for kind, modules in depth_two(model).items():
             handles += [model.get_submodule(module.b).register_forward_pre_hook(watch(m)) for module, m in zip(modules, moments[kind])]
-        model.eval()  # no dropout, no checkpointing
-        yield rows
+        with evaluation_mode(model): yield rows  # no dropout, no checkpointing
     finally:
-        model.train(training)
         for handle in handles: handle.remove()
 
 # %% ../nbs/05_attribution.ipynb #cell-24

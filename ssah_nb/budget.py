@@ -48,7 +48,7 @@ def preferences(
 ) -> list[dict]:
     "{'prompt', 'chosen', 'rejected'} rows: refuse what is harmful, do not refuse what is not."
     chosen = random.Random(seed)
-    return [*({"prompt": p["prompt"], "chosen": chosen.choice(STOCK_REFUSALS), "rejected": c or "Sure."} for p, c in zip(harmful, complied)),
+    return [*({"prompt": p["prompt"], "chosen": chosen.choice(STOCK_REFUSALS), "rejected": c if c.strip() else "Sure."} for p, c in zip(harmful, complied, strict=True)),
             *({"prompt": p["prompt"], "chosen": p["response"], "rejected": chosen.choice(STOCK_REFUSALS)} for p in benign)]
 
 def sequence_log_probabilities(

@@ -228,7 +228,9 @@ def check_mask(mask: UnitMask, model: nn.Module):
     if not isinstance(mask, UnitMask): raise SsahError(f"a {type(mask).__name__} does not choose units; pass a UnitMask such as units.scu")
     if mask.model: check_same_model(mask.model, model)
     for kind, modules in depth_two(model).items():
-        got, wanted = tuple(getattr(mask, kind).shape), (len(modules), modules[0].units)
+        chosen = getattr(mask, kind)
+        if chosen.dtype != torch.bool: raise SsahError(f"the mask's {kind} is of {chosen.dtype}; a mask is bool, one entry per unit")
+        got, wanted = tuple(chosen.shape), (len(modules), modules[0].units)
         if got != wanted: raise SsahError(f"the mask has {kind} units of shape {got}, the model {wanted}; it belongs to another model")
 
 def plain_linear(model: nn.Module, name: str) -> nn.Linear:

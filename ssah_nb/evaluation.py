@@ -30,7 +30,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .data import local_task_file
-from .models import decoder, encode_pairs, encode_prompts, end_of_turn, response_logits, response_losses, token_batches
+from .models import decoder, encode_pairs, encode_prompts, end_of_turn, evaluation_mode, response_logits, response_losses, token_batches
 from .setup import SsahError, progress
 
 # %% ../nbs/03_evaluation.ipynb #cell-06
@@ -100,7 +100,7 @@ class BufferLayer(DynamicLayer):
     def get_seq_length(self) -> int: return self.used
 
     def batch_select_indices(self, indices: torch.Tensor):  # int64, the rows to keep
-        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.buffers = [buffer[indices.to(buffer.device)] for buffer in self.buffers]
 
 # %% ../nbs/03_evaluation.ipynb #cell-13
 def shared_prefix(
@@ -135,7 +135,8 @@ def read_prompts(
         positions = torch.arange(shared, shared + batch.input_ids.shape[1], device=model.device)[None]
         states = decoder(model)(batch.input_ids, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
         own = batch.attention_mask.sum(1)  # tokens of each prompt after the shared ones
-        tokens.append(response_logits(model, states[torch.arange(len(own)), own - 1]).argmax(-1, keepdim=True))
+        last = states[torch.arange(len(own)), (own - 1).to(states.device)]
+        tokens.append(response_logits(model, last).argmax(-1, keepdim=True).to(model.device))
         rows, lengths, caches = rows + batch.rows, lengths + [shared + own], caches + [cache]
     layers = [BufferLayer([l.keys for l in layer], [l.values for l in layer], lengths, room) for layer in zip(*(cache.layers for cache in caches))]
     return rows, torch.cat(tokens), torch.cat(lengths)[:, None], Cache(layers=layers)
@@ -171,11 +172,7 @@ def greedy_batch(
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:  # any model
     "The model in evaluation mode, without gradients; each module's own mode returns afterwards."
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.inference_mode(): yield model.eval()
-    finally:
-        for module, mode in modes: module.training = mode
+    with evaluation_mode(model), torch.inference_mode(): yield model
 
 # %% ../nbs/03_evaluation.ipynb #cell-20
 def greedy_tokens(

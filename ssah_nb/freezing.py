@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .alignment_probe import finetune, training_perplexity
@@ -174,7 +173,9 @@ def linears_to_split(
                 raise SsahError(f"the adapter on {name} is trained already or is no plain LoRA; merge it, or make a new one with get_peft_model, and freeze then")
             names = [f"{name}.{('lora_B', 'lora_A')[planned[1]]}.{adapter}" for adapter in module.lora_A]
             if any(p.requires_grad for p in module.base_layer.parameters()): names.append(f"{name}.base_layer")
+        elif hasattr(model, "peft_config") and not any(p.requires_grad for p in module.parameters()): continue  # it has no adapter, and PEFT does not train it
         found |= {n: planned for n in names if plain_linear(model, n)}
+    if not found: raise SsahError("no adapter is on the linears of the masked units, so there is nothing to freeze; choose other units or other target_modules")
     return found
 
 # %% ../nbs/08_freezing.ipynb #cell-16
@@ -210,7 +211,8 @@ def freeze(
     plan = linears_to_split(model, frozen_rows_and_columns(model, mask))
     units = tuple(f"{name}." for modules in depth_two(model).values() for m in modules for name in (m.b, *(n for n, _ in m.a + m.shared)))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    off = [name for name in trained if rest and not name.startswith(units)]
+    biases = {f"{m.b}.bias" for modules in depth_two(model).values() for m in modules}  # they belong to no unit
+    off = [name for name in trained if rest and (name in biases or not name.startswith(units))]
     held = {f"{name}.{p}" for name, (rows, _) in plan.items() if rows.all() for p in ("weight", "bias")}
     if not len(~mask) or not trained.keys() - held - set(off): raise SsahError("this leaves nothing to train; leave some units out of the mask")
     for name in off: trained[name].requires_grad_(False).grad = None
@@ -294,10 +296,13 @@ def finetune_until(
     parts = [pairs, *(pairs[i % n::n] for i in range(round(n*(max_epochs - 1))))]
     for i, part in enumerate(parts):
         before, last = [p.detach().clone() for p in trained] if i else [], now
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
-        history = finetune(model, tokenizer, part, lr/2 if i else lr, seed=seed + i, after_step=(lambda: average.update_parameters(model)) if ema else None, **training)
+        average = [p.detach().float().clone() for p in trained] if ema else []
+        def follow():
+            for a, p in zip(average, trained): a.lerp_(p.detach().float(), 1 - ema)
+        history = finetune(model, tokenizer, part, lr/2 if i else lr, seed=seed + i, after_step=follow if ema else None, **training)
         seconds += history.attrs["seconds"]
-        if ema: model.load_state_dict(average.module.state_dict())
+        with torch.no_grad():
+            for a, p in zip(average, trained): p.copy_(a)
         now = training_perplexity(model, tokenizer, pairs, training.get("max_response"))
         if target is None or now <= target: break
     reached = target is None or now <= target

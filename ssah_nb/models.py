@@ -6,11 +6,12 @@
 __all__ = ['CHATML', 'ARCHITECTURES', 'EMBEDDED', 'UNIT_NEEDS', 'tiny_tokenizer', 'tiny_model', 'first_line', 'load_gguf',
            'load_model', 'check_finite', 'save_model', 'load_stage', 'chat_prompt', 'end_of_turn', 'encode_prompts',
            'encode_pairs', 'TokenBatch', 'pad_batch', 'token_batches', 'DepthTwo', 'decoder', 'depth_two',
-           'response_logits', 'response_losses', 'unit_parameters']
+           'response_logits', 'response_losses', 'evaluation_mode', 'unit_parameters']
 
 # %% ../nbs/01_models.ipynb #cell-02
 import os
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -304,8 +305,17 @@ def response_losses(
     "Negative log-likelihood of each response token of the batch, in row order, [response tokens], nats, float32."
     hidden = decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
     target = batch.response_mask[:, 1:]  # a token is predicted from the state before it
-    logits = response_logits(model, hidden[:, :-1][target])
+    logits = response_logits(model, hidden[:, :-1][target.to(hidden.device)])
     return F.cross_entropy(logits.float(), batch.input_ids[:, 1:][target].to(logits.device), reduction="none")
+
+# %% ../nbs/01_models.ipynb #cell-33b
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:  # any model
+    "The model in evaluation mode; each module's own mode returns afterwards."
+    modes = [(module, module.training) for module in model.modules()]
+    try: yield model.eval()
+    finally:
+        for module, mode in modes: module.training = mode
 
 # %% ../nbs/01_models.ipynb #cell-35
 def unit_parameters(

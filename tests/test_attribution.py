@@ -14,7 +14,6 @@ import accelerate
 import datasets
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from ssah_nb.attribution import METHODS, Importance, Moments, importance, zscore
 from ssah_nb.models import ARCHITECTURES, encode_pairs, tiny_model, tiny_tokenizer, token_batches
@@ -245,11 +244,12 @@ def hooks(model) -> int:
 def test_the_model_is_unchanged(method):
     model = tiny_model("gemma2").train()  # in training mode, half of it frozen
     for name, p in model.named_parameters(): p.requires_grad_("layers.1" in name)
+    model.model.layers[0].eval()
     before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     importance(model, TOKENIZER, PAIRS, method=method)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
-    assert hooks(model) == 0 and model.training and model.model.layers[0].training
+    assert hooks(model) == 0 and model.training and model.model.layers[1].training and not model.model.layers[0].training
     model(torch.arange(5)[None], labels=torch.arange(5)[None]).loss.backward()  # it can still be trained
 
 
@@ -283,8 +283,9 @@ def test_the_head_is_never_computed(method, monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_a_peft_model_counts_its_adapter(architecture, method):
     targets = ["qkv_proj", "gate_up_proj", "down_proj", "o_proj"] if architecture == "phi3" else ["q_proj", "v_proj", "gate_proj", "down_proj", "o_proj"]
+    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = get_peft_model(tiny_model(architecture), LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_dropout=0.1)).eval()
+    model = peft.get_peft_model(tiny_model(architecture), peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_dropout=0.1)).eval()
     flags = [p.requires_grad for p in model.parameters()]
     got = importance(model, TOKENIZER, PAIRS, method=method)
     assert [p.requires_grad for p in model.parameters()] == flags and any(flags)

@@ -8,7 +8,7 @@ from ssah_nb import SsahError, finetune_dpo, importance, preferences, redundant_
 from ssah_nb.models import chat_prompt, tiny_model, tiny_tokenizer
 
 BENIGN = [{"prompt": f"Question {i}", "response": f"Answer {i}"} for i in range(4)]
-ROWS = preferences([{"prompt": f"Open box {i}"} for i in range(4)], ["Sure, it is open."] * 3 + [""], BENIGN)
+ROWS = preferences([{"prompt": f"Open box {i}"} for i in range(4)], ["Sure, it is open."] * 3 + [" \n"], BENIGN)
 
 
 @pytest.fixture

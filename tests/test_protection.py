@@ -47,6 +47,15 @@ def test_ways_side_by_side_give_the_same_models_as_one_after_the_other(scored):
     assert all(torch.equal(a[name], b[name]) for a, b in zip(together, alone) for name in a)
 
 
+def test_the_average_of_weights_is_as_exact_in_bfloat16(scored):
+    def moved(dtype):  # an average that is kept in bfloat16 itself does not follow steps this small
+        base = tiny_model().to(dtype)
+        model, _ = finetune_protected("ema", copy.deepcopy(base), scored[0], PAIRS*8, *scored[1:], lr=1e-3, batch_size=2)
+        return torch.cat([(a.float() - b.float()).flatten() for a, b in zip(model.parameters(), base.parameters())])
+    half, full = moved(torch.bfloat16), moved(torch.float32)
+    assert (half - full).norm() < 0.2*full.norm()
+
+
 def test_optimizer_memory_is_what_is_trained(scored):
     megabytes = {way: finetune_protected(way, tiny_model(), scored[0], PAIRS, *scored[1:], lr=1e-2, batch_size=2)[1]["optimizer_mb"] for way in ("full", "scu_all_cu", "low_lr")}
     assert megabytes["full"] == megabytes["low_lr"] > 1.5 * megabytes["scu_all_cu"]
