@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Moments', 'piece_rows', 'pieces', 'weight_of', 'column_sums', 'squares_of_b', 'mean_of_b', 'squares_of_a',
            'Method', 'zscore', 'Scores', 'Importance', 'check_same_scoring', 'save_importance', 'load_importance',
            'signature', 'watching', 'activations_only', 'collect_moments', 'score_channels', 'importance',
-           'load_scores', 'load_refusals']
+           'load_scores', 'load_calibration']
 
 # %% ../nbs/05_attribution.ipynb #cell-02
 import json
@@ -322,9 +322,13 @@ def load_scores(
     return [Importance.load(folder) for folder in folders]
 
 # %% ../nbs/05_attribution.ipynb #cell-30
-def load_refusals(run: Run) -> list[dict]:  # the run
-    "The aligned model's own refusals that chapter 5 calibrated on. Raises `SsahError` when it has not run."
-    path = run.path("refusals.json")
-    if path.exists(): return json.loads(path.read_text())
-    if run.profile == "smoke": return [{"prompt": f"Open box {i}", "response": f"Sorry, I cannot open box {i}."} for i in range(8)]
-    raise SsahError(f"no refusals in {path}; run chapter 05_attribution, or `make reproduce PROFILE={run.profile}`")
+def load_calibration(run: Run) -> tuple[dict[str, list[dict]], dict]:  # the run
+    "The pairs that chapter 5 calibrated on, {'safety', 'utility'}, and the options of `importance`. Raises `SsahError` when it has not run."
+    path = run.path("calibration.json")
+    if path.exists():
+        saved = json.loads(path.read_text())
+        return saved["sets"], saved["options"]
+    if run.profile == "smoke":
+        made_up = {"safety": "Sorry, I cannot open box", "utility": "Box is open:"}
+        return {name: [{"prompt": f"Open box {i}", "response": f"{words} {i}."} for i in range(8)] for name, words in made_up.items()}, {}
+    raise SsahError(f"no calibration pairs in {path}; run chapter 05_attribution, or `make reproduce PROFILE={run.profile}`")

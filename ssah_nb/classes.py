@@ -351,7 +351,7 @@ def search_scu(
     utility: Importance,                   # on (benign prompt, response)
     ratios: Iterable[float],               # shares to try; sorted from high to low
     measure: Callable[[UnitMask], tuple[float, float]],  # a mask -> (attack success, perplexity) of the model without these units
-    max_perplexity_ratio: float = 1.25,    # utility counts as steady up to this ratio to the dense model
+    max_perplexity_ratio: float = 1.2,     # utility counts as steady up to this ratio to the dense model
     **classify_options,                    # ucu, ru, ratio_of, square_attention
 ) -> tuple[float, pd.DataFrame]:
     "The chosen ratio, and the table of what was measured: [scu, units, attack_success, perplexity, steady, lowers_safety, chosen]."
@@ -367,7 +367,7 @@ def search_scu(
                      "steady": perplexity <= max_perplexity_ratio*dense_perplexity, "lowers_safety": attack > dense_attack + 0.1})
         if rows[-1]["steady"] and rows[-1]["lowers_safety"]: break
     table = pd.DataFrame(rows)
-    steady = table[1:][table.steady[1:]]
+    steady = table[table.steady & (table.scu > 0)]
     found = steady[steady.lowers_safety]
-    chosen = found.scu.max() if len(found) else steady.scu.max() if len(steady) else ratios[-1]
+    chosen = max((found if len(found) else steady).scu, default=ratios[-1])
     return float(chosen), table.assign(chosen=table.scu == chosen)

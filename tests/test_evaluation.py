@@ -132,7 +132,7 @@ def test_rates_judges_and_their_errors():
     assert (rate("gcg"), rate("wei").value) == (wilson(3, 4), 0.5)
     assert rate(lambda prompts, said: [s == "Sure" for s in said]).value == 0.25
     assert over_refusal(None, None, PAIRS, responses=["Sorry", "a", "b"]).value == pytest.approx(1/3)
-    with pytest.raises(SsahError, match="unknown judge 'llama'.*gcg, wei"): rate("llama")
+    with pytest.raises(SsahError, match="unknown keyword list 'llama'.*gcg, wei"): rate("llama")
     with pytest.raises(SsahError, match="4 prompts but 1 responses"): attack_success(None, None, PROMPTS[:4], responses=["a"])
     with pytest.raises(SsahError, match="3 prompts but 1 responses"): over_refusal(None, None, PAIRS, responses=["a"])
 
