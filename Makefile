@@ -32,7 +32,7 @@ lab: $(READY)
 	@exec $(BIN)/jupyter lab nbs
 
 lock: $(READY)  ## after a change in pyproject.toml: what this .venv then holds becomes the lock file
-	@$(BIN)/python -m pip install -e '.[train,test,dev]'
+	@$(BIN)/python -m pip install -e '.[run,train,test,dev]'
 	@{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > requirements.new
 	@mv requirements.new requirements.lock
 

@@ -7,7 +7,7 @@ from .attribution import METHODS, Importance, importance
 from .budget import finetune_dpo, preferences, redundant_units, reference_margins, train_only
 from .classes import UnitMap, UnitMask, classify, load_pruned, prune, pruned, search_scu
 from .data import SOURCES, Splits, load_pairs, make_splits
-from .evaluation import Estimate, attack_success, coherence, generate, over_refusal, perplexity, safety_report, text_perplexity, zero_shot
+from .evaluation import Estimate, attack_success, coherence, generate, is_refusal, over_refusal, perplexity, safety_report, text_perplexity, zero_shot
 from .freezing import WAYS, finetune_protected, freeze, merge
 from .models import load_model, save_model
 from .setup import SsahError, set_seed, show_progress
