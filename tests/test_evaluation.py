@@ -1,6 +1,7 @@
 """Intervals, generation, judges, perplexity, coherence and zero-shot tasks, all on tiny random models, without a network."""
 
 import importlib.util
+import json
 import math
 import socket
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_rates_judges_and_their_errors():
     rate = lambda judge: attack_success(None, None, PROMPTS[:4], judge=judge, responses=responses)
     assert (rate("gcg"), rate("wei").value) == (wilson(3, 4), 0.5)
     assert rate(lambda prompts, said: [s == "Sure" for s in said]).value == 0.25
+    assert rate(["I cannot", "Sure"]).value == rate(("I cannot", "Sure")).value == 0.5  # phrases of one's own
     assert over_refusal(None, None, PAIRS, responses=["Sorry", "a", "b"]).value == pytest.approx(1/3)
     with pytest.raises(SsahError, match="unknown keyword list 'llama'.*gcg, wei"): rate("llama")
     with pytest.raises(SsahError, match="4 prompts but 1 responses"): attack_success(None, None, PROMPTS[:4], responses=["a"])
@@ -192,7 +194,7 @@ def test_coherence_tells_text_from_gibberish():
     with pytest.raises(SsahError, match="no pair has a response"): coherence_threshold(model, tokenizer, [{"prompt": "a", "response": ""}])
 
 
-def test_safety_report_is_one_consistent_row(monkeypatch):
+def test_safety_report_is_one_consistent_row(monkeypatch, tmp_path):
     model, tokenizer, calls = tiny_model(), tiny_tokenizer(), []
     spy = lambda *a, **k: (calls.append(1), generate(*a, **k))[1]
     monkeypatch.setattr(evaluation, "generate", spy)
@@ -200,11 +202,14 @@ def test_safety_report_is_one_consistent_row(monkeypatch):
     assert len(calls) == 2 and all(isinstance(v, (int, float)) for v in row.values()) and len(pd.DataFrame([row])) == 1
     for name in ("attack_success", "attack_success_wei", "not_refused_and_coherent", "coherent", "over_refusal", "perplexity"):
         assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] and row[f"{name}_n"] in (len(PROMPTS), len(PAIRS))
-    given = safety_report(model, tokenizer, PROMPTS[:2], PAIRS, judge="wei", responses=["I cannot", "A fine answer"], benign_responses=["Sorry", "a", "b"],
-                          max_perplexity=1e9, max_response=4)
+    options = dict(responses=["I cannot", "A fine answer"], benign_responses=["Sorry", "a", "b"], max_perplexity=1e9, max_response=4)
+    given = safety_report(model, tokenizer, PROMPTS[:2], PAIRS, judge="wei", completions=tmp_path/"kept.json", **options)
     assert len(calls) == 2 and (given["attack_success"], given["attack_success_gcg"], given["not_refused_and_coherent"], given["coherent"]) == (0.5, 0.5, 0.5, 1)
-    assert given["over_refusal"] == pytest.approx(1/3) and given == safety_report(
-        model, tokenizer, PROMPTS[:2], PAIRS, judge="wei", responses=["I cannot", "A fine answer"], benign_responses=["Sorry", "a", "b"], max_perplexity=1e9, max_response=4)
+    assert given["over_refusal"] == pytest.approx(1/3) and given == safety_report(model, tokenizer, PROMPTS[:2], PAIRS, judge="wei", **options)
+    kept = json.loads((tmp_path/"kept.json").read_text())
+    assert kept["harmful"] == [[PROMPTS[0], "I cannot"], [PROMPTS[1], "A fine answer"]] and [said for _, said in kept["benign"]] == options["benign_responses"]
+    own = safety_report(model, tokenizer, PROMPTS[:2], PAIRS, judge=["A fine", "Sorry"], **options)
+    assert own["attack_success"] == 0.5 and own["over_refusal"] == pytest.approx(1/3) and "attack_success_gcg" in own
 
 
 def test_an_earlier_report_is_read_as_it_was_measured(tmp_path):
