@@ -498,8 +498,10 @@ def zero_shot(
     batch_size: int | None = None,       # answers side by side; None: 4 on a CPU, else 16
 ) -> pd.DataFrame:
     "Accuracy of each task with Wilson's interval: columns task, accuracy, low, high, n, acc_norm. Raises `SsahError` for an unknown task."
-    import lm_eval.evaluator, lm_eval.tasks  # here, because they take seconds and only zero-shot tasks need them
-    from lm_eval.models.huggingface import HFLM
+    try:  # here, because they take seconds and only zero-shot tasks need them
+        import lm_eval.evaluator, lm_eval.tasks
+        from lm_eval.models.huggingface import HFLM
+    except ImportError: raise SsahError("zero-shot tasks need lm-eval; pip install 'ssah_nb[run]'") from None
     rows = []
     with tempfile.TemporaryDirectory() as folder, evaluating(model):
         write_tasks(tasks, Path(folder), limit)
