@@ -357,7 +357,8 @@ def finetune_protected(
         if unaligned is None: raise SsahError("safe_lora needs the model before alignment; pass unaligned=")
         aligned = copy.deepcopy(model)
     if adapter:
-        from peft import LoraConfig, TaskType, get_peft_model  # here, because it is optional: pip install 'ssah_nb[train]'
+        try: from peft import LoraConfig, TaskType, get_peft_model  # here, because it is optional
+        except ImportError: raise SsahError(f"{way} needs peft; pip install 'ssah_nb[train]'") from None
         with ADAPTING, torch.random.fork_rng():
             torch.manual_seed(seed)
             model = get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM} | (lora or {})))
