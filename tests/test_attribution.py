@@ -15,9 +15,9 @@ import datasets
 import pytest
 import torch
 
-from ssah_nb.attribution import METHODS, Importance, Moments, importance, zscore
+from ssah_nb.attribution import METHODS, Importance, Moments, importance, load_calibration, zscore
 from ssah_nb.models import ARCHITECTURES, encode_pairs, tiny_model, tiny_tokenizer, token_batches
-from ssah_nb.setup import SsahError
+from ssah_nb.setup import Run, SsahError
 
 KINDS = ("mlp", "attention")
 WORDS = "the a box opens slowly with seven old keys and one lamp under that bridge near my house".split()
@@ -372,3 +372,13 @@ def quantized():
 def test_bad_input(options, message):
     with pytest.raises(SsahError, match=message) as error: importance(**({"model": tiny_model(), "tokenizer": TOKENIZER} | options))
     assert "\n" not in str(error.value)
+
+
+def test_calibration_is_what_chapter_5_wrote(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, sets, options = Run("mine", "07_transfer"), {"safety": PAIRS[:2], "utility": PAIRS[2:]}, {"tokens": "all", "method": "flap", "max_response": 8}
+    with pytest.raises(SsahError, match="no calibration pairs in .*calibration.json; run chapter 05_attribution, or `make reproduce PROFILE=mine`"): load_calibration(run)
+    run.path("calibration.json").write_text(json.dumps({"sets": sets, "options": options}))
+    assert load_calibration(run) == (sets, options)
+    made_up, _ = load_calibration(Run("smoke", "07_transfer"))
+    assert list(made_up) == ["safety", "utility"] and importance(tiny_model(), TOKENIZER, made_up)["safety"].mlp.shape == (2, 32)
