@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ssah_nb.attribution import METHODS, collect_moments
 from ssah_nb.freezing import freeze
 from ssah_nb.models import TokenBatch, decoder
-from ssah_nb.setup import processor, set_seed, show_progress
+from ssah_nb.setup import processor, show_progress
 
 SHAPES = {"llama2-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
           "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)}
@@ -29,7 +29,7 @@ SHAPES = {"llama2-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_siz
 
 def random_model(shape: str, device: str) -> PreTrainedModel:
     "A random model of this shape in bfloat16, made on the device."
-    set_seed(0)
+    torch.manual_seed(0)  # not set_seed: deterministic algorithms are not what people train with
     with torch.device(device): return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPES[shape]), dtype=torch.bfloat16)
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/preferences.py          # some minutes on two cores; benchmarks/results/preferences.csv
 
-Measured as in mixture.py, on prompts that are neither aligned nor evaluated on. The profiles' dpo_lr and sft_weight are those with the lowest
-attack success here; the evaluation prompts play no part in the choice.
+Measured as in mixture.py, on prompts that are neither aligned nor evaluated on. The profile extended has the pair with the lowest attack
+success here; the evaluation prompts play no part in the choice.
 """
 
 import sys

@@ -435,7 +435,7 @@ def safety_report(
     batch_size: int = 100,                          # prompts side by side
     completions: str | Path | None = None,          # JSON file that gets all responses, to be judged again; None: they are not kept
 ) -> dict[str, float]:
-    "Attack success, the same among coherent responses, coherence, over-refusal and response perplexity, each with its interval and n."
+    "Attack success, the share of coherent responses that are no refusals (of all), coherence, over-refusal and response perplexity, each with its interval and n."
     prompts, benign, dense = texts(prompts), list(benign), dense_model or model
     if max_perplexity is None: max_perplexity = coherence_threshold(dense, tokenizer, benign, max_new_tokens)
     sizes = dict(system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)

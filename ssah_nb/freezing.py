@@ -164,7 +164,7 @@ def linears_to_split(
     model: nn.Module,                             # an unfrozen model, PEFT-wrapped or not
     plan: dict[str, tuple[torch.Tensor, int]],    # from `frozen_rows_and_columns`
 ) -> dict[str, tuple[torch.Tensor, int]]:
-    "The plan, with a layer that carries LoRA replaced by the factor of the adapter that holds its rows or columns. Raises `SsahError`."
+    "The plan, with a layer that carries LoRA replaced by the factor of the adapter that holds its rows or columns, and without those that PEFT does not train. Raises `SsahError`."
     found: dict[str, tuple[torch.Tensor, int]] = {}
     for name, planned in plan.items():
         module, names = model.get_submodule(name), [name]
@@ -211,8 +211,8 @@ def freeze(
     plan = linears_to_split(model, frozen_rows_and_columns(model, mask))
     units = tuple(f"{name}." for modules in depth_two(model).values() for m in modules for name in (m.b, *(n for n, _ in m.a + m.shared)))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    biases = {f"{m.b}.bias" for modules in depth_two(model).values() for m in modules}  # they belong to no unit
-    off = [name for name in trained if rest and (name in biases or not name.startswith(units))]
+    of_b = tuple(f"{m.b}." for modules in depth_two(model).values() for m in modules)
+    off = [name for name in trained if rest and (not name.startswith(units) or name.startswith(of_b) and name.endswith(".bias"))]  # B's bias belongs to no unit
     held = {f"{name}.{p}" for name, (rows, _) in plan.items() if rows.all() for p in ("weight", "bias")}
     if not len(~mask) or not trained.keys() - held - set(off): raise SsahError("this leaves nothing to train; leave some units out of the mask")
     for name in off: trained[name].requires_grad_(False).grad = None

@@ -257,14 +257,18 @@ def test_train_only_trains_these_units_alone(tied, checkpointing):
     check_trained(after, before, ~mask)
 
 
-def test_train_only_freezes_the_bias_of_b():
+@pytest.mark.parametrize("adapter", [False, True])
+def test_train_only_freezes_the_bias_of_b(adapter):
     model, mask = tiny_model(attention_bias=True, mlp_bias=True).train(), half()
     before = snapshot(model)
+    if adapter: model = lora(model, bias="all")
     train_only(model, mask)
     train(model, adamw(model))
-    changed = {name.split(".", 3)[3] for name, value in merge(model).state_dict().items() if name.endswith(".bias") and not torch.equal(value, before[name])}
+    merge(model)
+    if adapter: model = model.merge_and_unload()
+    changed = {name.split(".", 3)[3] for name, value in model.state_dict().items() if name.endswith(".bias") and not torch.equal(value, before[name])}
     assert changed == {f"{name}.bias" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")}
-    assert all(p.requires_grad for p in model.parameters())
+    assert adapter or all(p.requires_grad for p in model.parameters())
 
 
 # --- trainers ---
