@@ -47,6 +47,7 @@ def set_seed(seed: int):  # any integer; the same seed gives the same run on the
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and filling it takes time
 
 # %% ../nbs/00_setup.ipynb #cell-09
 def pick_device(
