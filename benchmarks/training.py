@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         model, tokenizer = load_model(options.model, dtype, options.device)
         tokens = sum(len(p) + len(q) for p, q in encode_pairs(tokenizer, pairs, None, options.max_response))
         start = time.perf_counter()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=way == "autocast", cache_enabled=False):  # its cache would hold the first step's weights
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=way == "autocast"):
             history = finetune(model, tokenizer, pairs, options.lr, 1, options.batch_size, options.max_response)
         if model.device.type == "cuda": torch.cuda.synchronize()
         taken, curves[way] = time.perf_counter() - start, history.loss.groupby(history.step//10).mean()

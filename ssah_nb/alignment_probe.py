@@ -99,6 +99,7 @@ def optimize(
         schedule.step()
         optimizer.zero_grad()
         for p, master in rounded: p.detach().copy_(master)
+        torch.clear_autocast_cache()  # under autocast, it would hold the weights from before the step
         if after_step: after_step()
         if not math.isfinite(losses[-1]): raise SsahError(f"the training loss is {losses[-1]} at step {len(losses) - 1}; lower lr (now {lr}) or check the weights")
     model.eval()

@@ -32,6 +32,14 @@ def test_finetune_learns_and_repeats():
     assert runs[0] == runs[1] and runs[0][-1] < 0.7*runs[0][0]
 
 
+def test_training_under_autocast_follows_float32():
+    losses = {}
+    for on in (False, True):
+        model = tiny_model()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on): losses[on] = finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, epochs=8, batch_size=2).loss
+    assert (losses[True]/losses[False] - 1).abs().max() < 0.1 and losses[True].iloc[-1] < 0.7*losses[True].iloc[0]
+
+
 def test_training_perplexity_is_of_every_kth_pair():
     model, tokenizer, pairs = tiny_model(), tiny_tokenizer(), [{"prompt": f"Say {i}", "response": "yes "*(1 + i)} for i in range(10)]
     assert training_perplexity(model, tokenizer, pairs) == perplexity(model, tokenizer, pairs).value
