@@ -1,9 +1,8 @@
 """Aligns the embedded model by DPO with several learning rates and weights of the chosen answers' SFT loss:
 
-    python benchmarks/preferences.py          # some minutes on two cores; benchmarks/results/preferences.csv
+    python benchmarks/preferences.py          # about half an hour on two cores; benchmarks/results/preferences.csv
 
-Measured as in mixture.py, on prompts that are neither aligned nor evaluated on. The profile extended has the pair with the lowest attack
-success here; the evaluation prompts play no part in the choice.
+Measured as in mixture.py, on prompts that are neither aligned nor evaluated on.
 """
 
 import sys
