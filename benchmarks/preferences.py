@@ -1,6 +1,6 @@
 """Aligns the embedded model by DPO with several learning rates and weights of the chosen answers' SFT loss:
 
-    python benchmarks/preferences.py          # about half an hour on two cores; benchmarks/results/preferences.csv
+    python benchmarks/preferences.py          # benchmarks/results/preferences.csv
 
 Measured as in mixture.py, on prompts that are neither aligned nor evaluated on.
 """
