@@ -29,7 +29,7 @@ def memory(process: psutil.Process) -> int:  # bytes of the process and all belo
     return total
 
 
-def cpu_name() -> str:
+def cpu_name() -> str:  # not ssah_nb's processor: ssah_nb is installed by the command that is timed
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'REPLACED', 'WAYS', 'ADAPTING', 'joined', 'SplitProduct', 'LinearParts', 'SplitLinear',
            'frozen_rows_and_columns', 'linears_to_split', 'refuse_stale_optimizer', 'replace', 'split_linears',
-           'freeze', 'merge', 'frozen_units', 'finetune_until', 'project_updates', 'finetune_protected']
+           'freeze', 'merge', 'frozen_units', 'finetune_until', 'project_updates', 'with_adapter', 'finetune_protected']
 
 # %% ../nbs/08_freezing.ipynb #cell-02
 import copy
@@ -334,6 +334,19 @@ def project_updates(
 # %% ../nbs/08_freezing.ipynb #cell-31
 ADAPTING = Lock()  # an adapter is drawn from torch's one source of random numbers: one thread at a time
 
+def with_adapter(
+    model: PreTrainedModel,  # wrapped, its weights are not changed
+    seed: int,               # of the adapter's random numbers
+    options: dict,           # changes to peft.LoraConfig; r=8, lora_alpha=16 on all linears unless told
+) -> PreTrainedModel:
+    "The model with a fresh LoRA adapter. Raises `SsahError` without peft."
+    try: from peft import LoraConfig, TaskType, get_peft_model  # here, because it is optional
+    except ImportError: raise SsahError("a LoRA adapter needs peft; pip install 'ssah_nb[train]'") from None
+    with ADAPTING, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM} | options))
+
+# %% ../nbs/08_freezing.ipynb #cell-31b
 def finetune_protected(
     way: str,                            # a key of WAYS
     model: PreTrainedModel,              # the aligned model, trained in place
@@ -345,7 +358,7 @@ def finetune_protected(
     unaligned: PreTrainedModel | None = None,  # the model before alignment, which "safe_lora" needs
     target: float | None = None,         # training perplexity to reach; None: one pass
     top_cu: float = 0.06,                # share of all units, of "scu_top_cu"
-    lora: dict | None = None,            # changes to peft.LoraConfig; r=8, lora_alpha=16 on all linears unless told
+    lora: dict | None = None,            # options of `with_adapter`
     lora_lr: float = 10.0,               # times the learning rate, for an adapter
     lr: float = 1e-4,                    # peak learning rate
     seed: int = 0,                       # of the order and the random sets
@@ -356,12 +369,7 @@ def finetune_protected(
     if way == "safe_lora":
         if unaligned is None: raise SsahError("safe_lora needs the model before alignment; pass unaligned=")
         aligned = copy.deepcopy(model)
-    if adapter:
-        try: from peft import LoraConfig, TaskType, get_peft_model  # here, because it is optional
-        except ImportError: raise SsahError(f"{way} needs peft; pip install 'ssah_nb[train]'") from None
-        with ADAPTING, torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM} | (lora or {})))
+    if adapter: model = with_adapter(model, seed, lora or {})
     if len(mask): freeze(model, mask)
     factor = lora_lr if adapter else 0.1 if way == "low_lr" else 1.0
     done = finetune_until(model, tokenizer, pairs, target, lr=factor*lr, seed=seed, ema=0.95 if way == "ema" else 0.0, **training)
