@@ -18,12 +18,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from ssah_nb.budget import train_only
 from ssah_nb.classes import UnitMap, UnitMask
 from ssah_nb.attribution import Scores
-from ssah_nb.freezing import FEW, SplitLinear, freeze, merge, split_linears
+from ssah_nb.freezing import SplitLinear, adjacent, freeze, merge, split_linears
 from ssah_nb.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from ssah_nb.setup import SsahError
 
-LONG, SHORT = torch.arange(256).view(4, -1) % 250, torch.tensor([[5, 6, 7, 8]])  # without a gradient: one product; two
-assert SHORT.numel() < FEW <= LONG.numel()
+LONG, SHORT = torch.arange(256).view(4, -1) % 250, torch.tensor([[5, 6, 7, 8]])
 
 
 def half(seed: int = 0) -> UnitMask:
@@ -130,8 +129,7 @@ def test_trained_parts_get_the_gradients_of_the_full_model(architecture, checkpo
     for name, split in split_linears(model).items():
         for kind in split.flags:
             grad = getattr(split, f"trained_{kind}").grad
-            trained, _, order = split.parts(kind)
-            wanted = split.as_rows(kind, expected.pop(f"{name}.{kind}"))[order[:len(trained)]]
+            wanted = split.as_rows(kind, expected.pop(f"{name}.{kind}"))[:len(split.parts(kind)[0])]
             if grad is None: assert not len(wanted)
             else: assert (grad - wanted).norm() <= (0.1 if autocast else 1e-4)*wanted.norm() + 1e-6, name
     for name, p in model.named_parameters():
@@ -193,11 +191,49 @@ def test_optimizer_state_is_that_of_the_trained_parameters():
 def test_column_parts_keep_only_what_their_gradient_needs():
     linear = nn.Linear(64, 8, bias=False)
     split, kept = SplitLinear(linear, torch.arange(64) < 48, 1), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t): split(torch.randn(FEW, 64, requires_grad=True))
-    assert (FEW, 16) in kept and (FEW, 64) not in kept
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((tuple(t.shape), t.untyped_storage().nbytes())) or t, lambda t: t): split(torch.randn(9, 64, requires_grad=True))
+    assert ((9, 16), 4*9*16) in kept and (9, 64) not in {shape for shape, _ in kept}
 
 
 # --- what people do with models ---
+
+def apart(model):
+    "Give each parameter memory of its own, as a wrapper that gathers and shards them would."
+    for p in model.parameters(): p.data = p.data.clone()
+    return model
+
+
+def test_parts_that_are_moved_apart_train_the_same():
+    mask, states = half(), []
+    for move in (lambda m: m, apart):
+        model = move(freeze(tiny_model().train(), mask))
+        train(model, adamw(model))
+        states.append(snapshot(merge(model)))
+    assert same(*states)
+
+
+def test_a_compiled_model_trains_the_same():
+    mask, states = half(), []
+    for backend in (None, "aot_eager"):
+        model = freeze(tiny_model().train(), mask)
+        compiled = torch.compile(model, backend=backend) if backend else model
+        optimizer = adamw(model, lr=1e-3)
+        for _ in range(3):
+            compiled(input_ids=LONG, labels=LONG).loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+        states.append(snapshot(merge(model)))
+    for name, value in states[0].items(): torch.testing.assert_close(value, states[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_channels_of_an_mlp_are_permuted_where_nothing_depends_on_their_order(architecture):
+    model = freeze(tiny_model(architecture), half())
+    permuted = {name.rpartition(".")[2] for name, split in split_linears(model).items() if split.permuted}
+    assert permuted == (set() if architecture == "phi3" else {"gate_proj", "up_proj", "down_proj"})
+    model = tiny_model(architecture)
+    model.model.layers[0].mlp.norm = nn.LayerNorm(32)  # one weight for each channel, as BitNet has: their order matters
+    assert not any(split.permuted for name, split in split_linears(freeze(model, half())).items() if ".0." in name)
+
 
 def test_copies_casts_modes_and_generation():
     model, mask = freeze(tiny_model(), half()), half()
@@ -207,7 +243,10 @@ def test_copies_casts_modes_and_generation():
     assert same(model.state_dict(), before)
     check_trained(merge(double).state_dict(), before, mask)
     assert torch.equal(model.generate(SHORT, max_new_tokens=5, do_sample=False), tiny_model().generate(SHORT, max_new_tokens=5, do_sample=False))
-    model.to(torch.float64).train()
+    beside = lambda m: all(adjacent(*s.parts(name)) for s in split_linears(m).values() for name in s.flags if all(map(len, s.parts(name))))
+    assert beside(model) and beside(double := copy.deepcopy(model)) and beside(double.to(torch.float64)) and not beside(apart(double))
+    with torch.no_grad(): torch.testing.assert_close(double(LONG).logits, model.to(torch.float64)(LONG).logits)
+    model.train()
     assert all(s.training and s.trained_weight.dtype == torch.float64 for s in split_linears(model).values())
     assert all(model(ids).logits.dtype == torch.float64 for ids in (LONG, SHORT))
     assert not any(m.training for m in merge(model.eval()).modules())
