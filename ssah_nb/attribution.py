@@ -264,7 +264,7 @@ def collect_moments(
             else:
                 with torch.no_grad(): decoder(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     def finished(m: Moments, b: nn.Module) -> Moments:  # on the CPU, and in order: in a frozen model B may take its channels in another (chapter 8)
-        order = b.inverse if getattr(b, "permuted", False) else slice(None)
+        order = b.order.argsort() if getattr(b, "permuted", False) else slice(None)
         return Moments(m.count, m.mean[order].cpu(), m.m2[order].cpu()) if m.count else m
     moments = {kind: [finished(m, model.get_submodule(module.b)) for m, module in zip(moments[kind], layers)] for kind, layers in modules.items()}
     if world == 1: return moments
