@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attribution import Importance, Scores, check_same_scoring, load_scores, signature
+from .evaluation import Estimate
 from .models import depth_two, first_line
 from .setup import Run, SsahError, write_atomic
 
@@ -350,21 +351,21 @@ def search_scu(
     safety: Importance,                    # on (harmful prompt, refusal)
     utility: Importance,                   # on (benign prompt, response)
     ratios: Iterable[float],               # shares to try; sorted from high to low
-    measure: Callable[[UnitMask], tuple[float, float]],  # a mask -> (attack success, perplexity) of the model without these units
-    max_perplexity_ratio: float = 1.2,     # utility counts as steady up to this ratio to the dense model
+    measure: Callable[[UnitMask], tuple[Estimate, float]],  # a mask -> (attack success, perplexity) of the model without these units
+    max_perplexity_ratio: float = 1.46,    # utility counts as steady up to this ratio to the dense model
     **classify_options,                    # ucu, ru, ratio_of, square_attention
 ) -> tuple[float, pd.DataFrame]:
-    "The chosen ratio, and the table of what was measured: [scu, units, attack_success, perplexity, steady, lowers_safety, chosen]."
+    "The chosen ratio, and the table of what was measured: [scu, units, attack_success and its interval, perplexity, steady, lowers_safety, chosen]."
     ratios = sorted(ratios, reverse=True)
     if not ratios: raise SsahError("no ratios to search; give at least one, e.g. [0.02, 0.01]")
     none = UnitMask(torch.zeros_like(safety.mlp, dtype=torch.bool), torch.zeros_like(safety.attention, dtype=torch.bool))
     dense_attack, dense_perplexity = measure(none)
-    rows = [{"scu": 0.0, "units": 0, "attack_success": dense_attack, "perplexity": dense_perplexity, "steady": True, "lowers_safety": False}]
+    rows = [{"scu": 0.0, "units": 0} | dense_attack.columns("attack_success") | {"perplexity": dense_perplexity, "steady": True, "lowers_safety": False}]
     for ratio in ratios:
         mask = classify(safety, utility, scu=ratio, **classify_options).scu
         attack, perplexity = measure(mask)
-        rows.append({"scu": ratio, "units": len(mask), "attack_success": attack, "perplexity": perplexity,
-                     "steady": perplexity <= max_perplexity_ratio*dense_perplexity, "lowers_safety": attack > dense_attack + 0.1})
+        rows.append({"scu": ratio, "units": len(mask)} | attack.columns("attack_success") |
+                    {"perplexity": perplexity, "steady": perplexity <= max_perplexity_ratio*dense_perplexity, "lowers_safety": attack.low > dense_attack.high})
         if rows[-1]["steady"] and rows[-1]["lowers_safety"]: break
     table = pd.DataFrame(rows)
     steady = table[table.steady & (table.scu > 0)]

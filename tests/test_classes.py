@@ -1,6 +1,7 @@
 """Classes, masks and pruning against slow, obvious references (chapter 06)."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from peft import LoraConfig, get_peft_model
 
 from ssah_nb.attribution import Importance, importance, signature
 from ssah_nb.classes import CLASSES, UnitMap, UnitMask, classify, load_pruned, prune, pruned, search_scu
+from ssah_nb.evaluation import wilson
 from ssah_nb.freezing import freeze, merge
 from ssah_nb.models import ARCHITECTURES, depth_two, load_model, save_model, tiny_model, tiny_tokenizer, unit_parameters
+from ssah_nb.report import printed
 from ssah_nb.setup import SsahError
 
 TOKENIZER, IDS = tiny_tokenizer(), torch.arange(40).view(2, 20) * 5
@@ -379,7 +382,8 @@ def searched(measured: dict, ratios, dense=(0.1, 10.0), **options):
     asked = []
     def measure(mask):
         asked.append(len(mask))
-        return measured[len(mask)] if len(mask) else dense
+        attack, perplexity = measured[len(mask)] if len(mask) else dense
+        return wilson(round(attack * 40), 40), perplexity
     chosen, table = search_scu(made_up(0), made_up(1), ratios, measure, ratio_of="units", ucu=0.1, ru=0.1, **options)
     return chosen, table, asked
 
@@ -391,16 +395,23 @@ def test_the_search_takes_the_largest_set_that_lowers_safety_at_steady_utility()
     assert table.units.tolist() == [0, 16, 8] and table.steady.tolist() == [True, False, True]
     assert table.lowers_safety.tolist() == [False, True, True] and table.chosen.tolist() == [False, False, True]
     assert table.perplexity.tolist() == [10.0, 99.0, 12.0] and table.attack_success.tolist() == [0.1, 0.9, 0.5]
+    assert table.attack_success_low[2] == wilson(20, 40).low > table.attack_success_high[0] == wilson(4, 40).high
+
+
+def test_the_search_wants_more_than_noise():
+    chosen, table, _ = searched({16: (0.3, 10.0), 8: (0.4, 10.0)}, [16 / 72, 8 / 72])  # 12 and 16 of 40, the dense model 4
+    assert chosen == 8 / 72 and table.lowers_safety.tolist() == [False, False, True]
 
 
 def test_the_search_when_nothing_is_found():
     ratios = [16 / 72, 8 / 72, 4 / 72]
-    chosen, table, _ = searched({16: (0.9, 99.0), 8: (0.15, 12.0), 4: (0.1, 11.0)}, ratios)
+    chosen, table, _ = searched({16: (0.9, 99.0), 8: (0.2, 12.0), 4: (0.1, 11.0)}, ratios)
     assert chosen == 8 / 72 and not table[table.chosen].lowers_safety.any()  # no set lowers safety: the largest steady one
     chosen, table, asked = searched({16: (0.9, 99.0), 8: (0.9, 50.0), 4: (0.9, float("inf"))}, ratios)
     assert chosen == 4 / 72 and asked == [0, 16, 8, 4] and not table[table.chosen].steady.any()  # none is steady: the smallest
-    chosen, _, asked = searched({16: (0.9, 12.1), 8: (0.9, 11.9), 4: (0.9, 1.0)}, ratios)
-    assert chosen == 8 / 72  # 1.2 x is the limit
-    assert searched({16: (0.9, 12.6)}, ratios, max_perplexity_ratio=1.3)[0] == 16 / 72
+    assert searched({16: (0.9, 14.7), 8: (0.9, 14.5), 4: (0.9, 1.0)}, ratios)[0] == 8 / 72
+    assert searched({16: (0.9, 14.7)}, ratios, max_perplexity_ratio=1.5)[0] == 16 / 72
+    kept = [printed("12", setting, "wikitext2", "perplexity") for setting in ("dense", "pruned_ru_13.4%")]
+    assert inspect.signature(search_scu).parameters["max_perplexity_ratio"].default == round(kept[1] / kept[0], 2)
     with pytest.raises(SsahError, match="no ratios to search"): searched({}, [])
     with pytest.raises(SsahError, match="ratio scu=2"): searched({}, [2])
