@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
@@ -483,6 +483,7 @@ def write_tasks(
     for task in tasks:
         if task not in STOCK_TASKS: raise SsahError(f"unknown task {task!r}; use some of {', '.join(STOCK_TASKS)}")
         questions = Dataset.from_file(str(local_task_file(task)))
+        if task == "boolq": questions = questions.rename_column("answer", "label").cast_column("label", Value("int64"))  # as the harness calls it
         questions.select(range(len(questions))[:limit]).to_parquet(folder/f"{task}.parquet")
         data = {"data_files": {"validation": str(folder/f"{task}.parquet")}, "cache_dir": str(folder/"data")}
         source = {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": data, "num_fewshot": 0,

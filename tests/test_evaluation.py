@@ -222,8 +222,8 @@ def test_an_earlier_report_is_read_as_it_was_measured(tmp_path):
     assert earlier_report(tmp_path/"reports.csv", model="c") is None and earlier_report(tmp_path/"none.csv", model="a") is None
 
 
-QUESTIONS = {
-    "boolq": {"passage": "Snow is cold.", "question": "is snow cold", "label": 1},
+QUESTIONS = {  # as the files have them
+    "boolq": {"passage": "Snow is cold.", "question": "is snow cold", "answer": True},
     "rte": {"sentence1": "Snow is cold.", "sentence2": "Snow is warm.", "label": 1},
     "hellaswag": {"ctx_a": "A man skis.", "ctx_b": "he", "activity_label": "Skiing", "endings": ["falls.", "flies.", "eats.", "sinks."], "label": "0"},
     "winogrande": {"sentence": "The fox ate the hen because _ was hungry.", "option1": "the fox", "option2": "the hen", "answer": "1"},
@@ -232,6 +232,18 @@ QUESTIONS = {
     "piqa": {"goal": "To cool", "sol1": "use snow", "sol2": "use fire", "label": 0},
     "arc_easy": {"question": "What is hot?", "choices": {"text": ["snow", "fire"], "label": ["A", "B"]}, "answerKey": "B"},
 }
+ANSWERS = {"boolq": ("answer", [False, True]), "rte": ("label", [0, 1]), "hellaswag": ("label", ["0", "1", "2", "3"]), "winogrande": ("answer", ["1", "2"]),
+           "arc_challenge": ("answerKey", ["A", "B"]), "openbookqa": ("answerKey", ["A", "B"]), "piqa": ("label", [0, 1]), "arc_easy": ("answerKey", ["A", "B"])}
+
+
+def test_zero_shot_knows_the_right_answer(tmp_path, monkeypatch):
+    def task_file(task):  # the same question once with each answer called right: one of these agrees with the model
+        key, answers = ANSWERS[task]
+        Dataset.from_list([QUESTIONS[task] | {key: answer} for answer in answers]).save_to_disk(tmp_path/task)
+        return next((tmp_path/task).glob("*.arrow"))
+    monkeypatch.setattr(evaluation, "local_task_file", task_file)
+    table = zero_shot(tiny_model(), tiny_tokenizer(), tasks=list(STOCK_TASKS), limit=None).set_index("task")
+    assert (table.accuracy*table.n == 1).all() and table.n.to_dict() == {task: len(answers) for task, (_, answers) in ANSWERS.items()}
 
 
 def test_zero_shot_reads_local_files_only(tmp_path, monkeypatch):
