@@ -351,7 +351,7 @@ def search_scu(
     safety: Importance,                    # on (harmful prompt, refusal)
     utility: Importance,                   # on (benign prompt, response)
     ratios: Iterable[float],               # shares to try; sorted from high to low
-    measure: Callable[[UnitMask], tuple[Estimate, float]],  # a mask -> (attack success, perplexity) of the model without these units
+    measure: Callable[[UnitMask], tuple[Estimate, Estimate]],  # a mask -> (attack success, perplexity) of the model without these units
     max_perplexity_ratio: float = 1.46,    # utility counts as steady up to this ratio to the dense model
     **classify_options,                    # ucu, ru, ratio_of, square_attention
 ) -> tuple[float, pd.DataFrame]:
@@ -360,12 +360,13 @@ def search_scu(
     if not ratios: raise SsahError("no ratios to search; give at least one, e.g. [0.02, 0.01]")
     none = UnitMask(torch.zeros_like(safety.mlp, dtype=torch.bool), torch.zeros_like(safety.attention, dtype=torch.bool))
     dense_attack, dense_perplexity = measure(none)
-    rows = [{"scu": 0.0, "units": 0} | dense_attack.columns("attack_success") | {"perplexity": dense_perplexity, "steady": True, "lowers_safety": False}]
+    if not isinstance(dense_attack, Estimate): raise SsahError("`measure` gave no estimate of attack success; return (attack_success(...), perplexity(...))")
+    rows = [{"scu": 0.0, "units": 0} | dense_attack.columns("attack_success") | {"perplexity": float(dense_perplexity), "steady": True, "lowers_safety": False}]
     for ratio in ratios:
         mask = classify(safety, utility, scu=ratio, **classify_options).scu
         attack, perplexity = measure(mask)
-        rows.append({"scu": ratio, "units": len(mask)} | attack.columns("attack_success") |
-                    {"perplexity": perplexity, "steady": perplexity <= max_perplexity_ratio*dense_perplexity, "lowers_safety": attack.low > dense_attack.high})
+        rows.append({"scu": ratio, "units": len(mask)} | attack.columns("attack_success") | {"perplexity": float(perplexity)} |
+                    {"steady": float(perplexity) <= max_perplexity_ratio*float(dense_perplexity), "lowers_safety": attack.low > dense_attack.high})
         if rows[-1]["steady"] and rows[-1]["lowers_safety"]: break
     table = pd.DataFrame(rows)
     steady = table[table.steady & (table.scu > 0)]

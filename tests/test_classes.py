@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from ssah_nb.attribution import Importance, importance, signature
 from ssah_nb.classes import CLASSES, UnitMap, UnitMask, classify, load_pruned, prune, pruned, search_scu
-from ssah_nb.evaluation import wilson
+from ssah_nb.evaluation import Estimate, wilson
 from ssah_nb.freezing import freeze, merge
 from ssah_nb.models import ARCHITECTURES, depth_two, load_model, save_model, tiny_model, tiny_tokenizer, unit_parameters
 from ssah_nb.report import printed
@@ -383,7 +383,7 @@ def searched(measured: dict, ratios, dense=(0.1, 10.0), **options):
     def measure(mask):
         asked.append(len(mask))
         attack, perplexity = measured[len(mask)] if len(mask) else dense
-        return wilson(round(attack * 40), 40), perplexity
+        return wilson(round(attack * 40), 40), Estimate(perplexity, perplexity - 1, perplexity + 1, 40)
     chosen, table = search_scu(made_up(0), made_up(1), ratios, measure, ratio_of="units", ucu=0.1, ru=0.1, **options)
     return chosen, table, asked
 
@@ -415,3 +415,4 @@ def test_the_search_when_nothing_is_found():
     assert inspect.signature(search_scu).parameters["max_perplexity_ratio"].default == round(kept[1] / kept[0], 2)
     with pytest.raises(SsahError, match="no ratios to search"): searched({}, [])
     with pytest.raises(SsahError, match="ratio scu=2"): searched({}, [2])
+    with pytest.raises(SsahError, match="no estimate of attack success"): search_scu(made_up(0), made_up(1), ratios, lambda mask: (0.9, 10.0))
