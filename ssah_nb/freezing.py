@@ -44,7 +44,6 @@ def whole(
     if adjacent(trained, frozen): return trained.as_strided((len(trained) + len(frozen), *trained.shape[1:]), trained.stride())
     return torch.cat([trained, frozen])
 
-
 # %% ../nbs/08_freezing.ipynb #cell-06b
 class SplitProduct(torch.autograd.Function):
     "x Wᵀ + b; of W (dim 0) or of Wᵀ (dim 1), the first rows are trained and the others are not."
@@ -83,7 +82,6 @@ class Permuted(torch.autograd.Function):
     def backward(ctx, grad):
         order, inverse = ctx.saved_tensors
         return Permuted.apply(grad, inverse, order), None, None
-
 
 # %% ../nbs/08_freezing.ipynb #cell-08b
 class AdjacentParts(nn.Module):
