@@ -293,12 +293,15 @@ def importance(
     tokens: str = "response",            # statistics over "response" tokens, or over "all" but padding
     method: str = "flap",                # one of METHODS
     system: str | None = None,           # system prompt
-    max_response: int | None = None,     # keep this many tokens of a response
+    max_response: int | dict[str, int | None] | None = None,  # keep this many tokens of a response; with several sets also one number for each name
     max_tokens: int = 2048,              # tokens of a batch
 ) -> Importance | dict[str, Importance]:
     "Importance of every unit (paper, section 3), one for each set of pairs. Raises `SsahError` for fewer than 2 pairs or unknown words."
     if isinstance(pairs, dict):
-        return {name: importance(model, tokenizer, p, tokens, method, system, max_response, max_tokens) for name, p in pairs.items()}
+        kept = max_response if isinstance(max_response, dict) else dict.fromkeys(pairs, max_response)
+        if missing := set(pairs) - set(kept): raise SsahError(f"max_response names no number for {', '.join(sorted(missing))}; give one for each set of pairs")
+        return {name: importance(model, tokenizer, p, tokens, method, system, kept[name], max_tokens) for name, p in pairs.items()}
+    if isinstance(max_response, dict): raise SsahError("max_response has a number for each of several sets; pass `pairs` by name, too")
     if method not in METHODS: raise SsahError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     if tokens not in ("response", "all"): raise SsahError(f"unknown tokens {tokens!r}; use 'response' or 'all'")
     pairs = list(pairs)

@@ -352,7 +352,7 @@ def search_scu(
     utility: Importance,                   # on (benign prompt, response)
     ratios: Iterable[float],               # shares to try; sorted from high to low
     measure: Callable[[UnitMask], tuple[Estimate, Estimate]],  # a mask -> (attack success, perplexity) of the model without these units
-    max_perplexity_ratio: float = 1.46,    # utility counts as steady up to this ratio to the dense model
+    max_perplexity_ratio: float = 1.17,    # utility counts as steady up to this ratio to the dense model
     **classify_options,                    # ucu, ru, ratio_of, square_attention
 ) -> tuple[float, pd.DataFrame]:
     "The chosen ratio, and the table of what was measured: [scu, units, attack_success and its interval, perplexity, steady, lowers_safety, chosen]."

@@ -7,7 +7,7 @@ __all__ = ['KEYWORDS', 'SYSTEM_PROMPTS', 'Judge', 'STOCK_TASKS', 'SIX', 'Estimat
            'shared_prefix', 'stop_ids', 'read_prompts', 'greedy_batch', 'evaluating', 'greedy_tokens', 'texts',
            'generate', 'is_refusal', 'guard_judge', 'judged', 'attack_success', 'over_refusal', 'pair_losses',
            'perplexity', 'text_perplexity', 'repetition', 'response_perplexities', 'coherence_threshold', 'coherence',
-           'safety_report', 'earlier_report', 'write_tasks', 'zero_shot']
+           'safety_report', 'earlier_report', 'write_tasks', 'check_answers', 'zero_shot']
 
 # %% ../nbs/03_evaluation.ipynb #cell-02
 import contextlib
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from datasets import Dataset, Value
+from datasets import Dataset
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
@@ -483,14 +483,23 @@ def write_tasks(
     for task in tasks:
         if task not in STOCK_TASKS: raise SsahError(f"unknown task {task!r}; use some of {', '.join(STOCK_TASKS)}")
         questions = Dataset.from_file(str(local_task_file(task)))
-        if task == "boolq": questions = questions.rename_column("answer", "label").cast_column("label", Value("int64"))  # as the harness calls it
-        questions.select(range(len(questions))[:limit]).to_parquet(folder/f"{task}.parquet")
+        questions = questions.select(range(len(questions))[:limit])
+        if task == "boolq": questions = questions.add_column("label", [int(answer) for answer in questions["answer"]])  # as the harness calls it
+        questions.to_parquet(folder/f"{task}.parquet")
         data = {"data_files": {"validation": str(folder/f"{task}.parquet")}, "cache_dir": str(folder/"data")}
         source = {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": data, "num_fewshot": 0,
                   "training_split": None, "validation_split": "validation", "test_split": None}
         (folder/f"{task}.yaml").write_text(yaml.safe_dump({"include": str(stock/STOCK_TASKS[task]), "task": task, "tag": None} | source))
 
 # %% ../nbs/03_evaluation.ipynb #cell-56
+def check_answers(task: "lm_eval.api.task.ConfigurableTask"):
+    "Raise `SsahError` for a question whose right answer is none of its choices: the harness would count it as wrong."
+    for question in task.eval_docs:
+        answer = (task.doc_to_text if task.multiple_input else task.doc_to_target)(question)
+        choices = task.doc_to_choice(question)
+        if answer not in (choices if isinstance(answer, str) else range(len(choices))):
+            raise SsahError(f"{task.task_name}: the answer {answer!r} is none of the {len(choices)} choices of {str(question)[:80]}...; give its file the columns and labels that lm-eval's own task reads")
+
 def zero_shot(
     model: PreTrainedModel,              # a causal language model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -498,7 +507,7 @@ def zero_shot(
     limit: int | None = 200,             # questions of each task, the first ones; None: all
     batch_size: int | None = None,       # answers side by side; None: 4 on a CPU, else 16
 ) -> pd.DataFrame:
-    "Accuracy of each task with Wilson's interval: columns task, accuracy, low, high, n, acc_norm. Raises `SsahError` for an unknown task."
+    "Accuracy of each task with Wilson's interval: columns task, accuracy, low, high, n, acc_norm. Raises `SsahError` for an unknown task, or a question without a right answer."
     try:  # here, because they take seconds and only zero-shot tasks need them
         import lm_eval.evaluator, lm_eval.tasks
         from lm_eval.models.huggingface import HFLM
@@ -510,7 +519,9 @@ def zero_shot(
         with contextlib.redirect_stderr(io.StringIO()): harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or (4 if model.device.type == "cpu" else 16))
         for task in progress(tasks, "zero-shot"):
             with contextlib.redirect_stderr(io.StringIO()):  # the harness's own bars, four per task
-                found = lm_eval.evaluator.evaluate(harness, manager.load([task]), bootstrap_iters=0, log_samples=False)
+                loaded = manager.load([task])
+                check_answers(loaded["tasks"][task])
+                found = lm_eval.evaluator.evaluate(harness, loaded, bootstrap_iters=0, log_samples=False)
             n, scores = found["n-samples"][task]["effective"], found["results"][task]
             rate = wilson(round(scores["acc,none"]*n), n)
             rows.append({"task": task, "accuracy": rate.value, "low": rate.low, "high": rate.high, "n": n,

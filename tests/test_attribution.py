@@ -374,9 +374,19 @@ def test_bad_input(options, message):
     assert "\n" not in str(error.value)
 
 
+def test_each_set_has_its_own_length():
+    model, sets = tiny_model(), {"short": PAIRS[:2], "long": PAIRS[2:]}
+    both = importance(model, TOKENIZER, sets, max_response={"short": 2, "long": None, "another": 3})
+    for name, kept in (("short", 2), ("long", None)):
+        assert torch.equal(both[name].mlp, importance(model, TOKENIZER, sets[name], max_response=kept).mlp)
+    assert not torch.equal(both["short"].mlp, importance(model, TOKENIZER, sets["short"]).mlp)
+    with pytest.raises(SsahError, match="max_response names no number for long"): importance(model, TOKENIZER, sets, max_response={"short": 2})
+    with pytest.raises(SsahError, match="pass `pairs` by name"): importance(model, TOKENIZER, PAIRS, max_response={"short": 2})
+
+
 def test_calibration_is_what_chapter_5_wrote(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run, sets, options = Run("mine", "07_transfer"), {"safety": PAIRS[:2], "utility": PAIRS[2:]}, {"tokens": "all", "method": "flap", "max_response": 8}
+    run, sets, options = Run("mine", "07_transfer"), {"safety": PAIRS[:2], "utility": PAIRS[2:]}, {"tokens": "all", "method": "flap", "max_response": {"safety": 4, "utility": 8}}
     with pytest.raises(SsahError, match="no calibration pairs in .*calibration.json; run chapter 05_attribution, or `make reproduce PROFILE=mine`"): load_calibration(run)
     run.path("calibration.json").write_text(json.dumps({"sets": sets, "options": options}))
     assert load_calibration(run) == (sets, options)

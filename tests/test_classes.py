@@ -390,11 +390,11 @@ def searched(measured: dict, ratios, dense=(0.1, 10.0), **options):
 
 def test_the_search_takes_the_largest_set_that_lowers_safety_at_steady_utility():
     ratios = [4 / 72, 16 / 72, 8 / 72, 2 / 72]
-    chosen, table, asked = searched({16: (0.9, 99.0), 8: (0.5, 12.0), 4: (0.8, 11.0), 2: (0.1, 10.0)}, (r for r in ratios))
+    chosen, table, asked = searched({16: (0.9, 99.0), 8: (0.5, 11.5), 4: (0.8, 11.0), 2: (0.1, 10.0)}, (r for r in ratios))
     assert chosen == 8 / 72 and asked == [0, 16, 8]  # from high to low, and no further
     assert table.units.tolist() == [0, 16, 8] and table.steady.tolist() == [True, False, True]
     assert table.lowers_safety.tolist() == [False, True, True] and table.chosen.tolist() == [False, False, True]
-    assert table.perplexity.tolist() == [10.0, 99.0, 12.0] and table.attack_success.tolist() == [0.1, 0.9, 0.5]
+    assert table.perplexity.tolist() == [10.0, 99.0, 11.5] and table.attack_success.tolist() == [0.1, 0.9, 0.5]
     assert table.attack_success_low[2] == wilson(20, 40).low > table.attack_success_high[0] == wilson(4, 40).high
 
 
@@ -405,14 +405,16 @@ def test_the_search_wants_more_than_noise():
 
 def test_the_search_when_nothing_is_found():
     ratios = [16 / 72, 8 / 72, 4 / 72]
-    chosen, table, _ = searched({16: (0.9, 99.0), 8: (0.2, 12.0), 4: (0.1, 11.0)}, ratios)
+    chosen, table, _ = searched({16: (0.9, 99.0), 8: (0.2, 11.5), 4: (0.1, 11.0)}, ratios)
     assert chosen == 8 / 72 and not table[table.chosen].lowers_safety.any()  # no set lowers safety: the largest steady one
     chosen, table, asked = searched({16: (0.9, 99.0), 8: (0.9, 50.0), 4: (0.9, float("inf"))}, ratios)
     assert chosen == 4 / 72 and asked == [0, 16, 8, 4] and not table[table.chosen].steady.any()  # none is steady: the smallest
-    assert searched({16: (0.9, 14.7), 8: (0.9, 14.5), 4: (0.9, 1.0)}, ratios)[0] == 8 / 72
-    assert searched({16: (0.9, 14.7)}, ratios, max_perplexity_ratio=1.5)[0] == 16 / 72
-    kept = [printed("12", setting, "wikitext2", "perplexity") for setting in ("dense", "pruned_ru_13.4%")]
-    assert inspect.signature(search_scu).parameters["max_perplexity_ratio"].default == round(kept[1] / kept[0], 2)
+    assert searched({16: (0.9, 11.8), 8: (0.9, 11.6), 4: (0.9, 1.0)}, ratios)[0] == 8 / 72
+    assert searched({16: (0.9, 11.8)}, ratios, max_perplexity_ratio=1.5)[0] == 16 / 72
+    without_scu = {"Llama-2-7B-Chat": ("1", "1.3%"), "Llama-3-8B-Instruct": ("1", "1.4%"), "Mistral-7B-Instruct-v0.2": ("12", "2%")}
+    perplexities = {model: [printed(table, setting, "wikitext2", "perplexity", model) for setting in ("dense", f"pruned_scu_{share}")] for model, (table, share) in without_scu.items()}
+    rises = [after / before for before, after in perplexities.values()]
+    assert inspect.signature(search_scu).parameters["max_perplexity_ratio"].default == round(max(rises), 2)
     with pytest.raises(SsahError, match="no ratios to search"): searched({}, [])
     with pytest.raises(SsahError, match="ratio scu=2"): searched({}, [2])
     with pytest.raises(SsahError, match="no estimate of attack success"): search_scu(made_up(0), made_up(1), ratios, lambda mask: (0.9, 10.0))

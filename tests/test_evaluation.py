@@ -246,6 +246,17 @@ def test_zero_shot_knows_the_right_answer(tmp_path, monkeypatch):
     assert (table.accuracy*table.n == 1).all() and table.n.to_dict() == {task: len(answers) for task, (_, answers) in ANSWERS.items()}
 
 
+def test_zero_shot_refuses_an_answer_that_is_no_choice(tmp_path, monkeypatch):
+    def task_file(task):
+        key, answers = ANSWERS[task]
+        Dataset.from_list([QUESTIONS[task] | {key: answers[0]}, QUESTIONS[task] | {key: {int: -1, str: "7"}[type(answers[0])]}]).save_to_disk(tmp_path/task)
+        return next((tmp_path/task).glob("*.arrow"))
+    monkeypatch.setattr(evaluation, "local_task_file", task_file)
+    for task in ("rte", "hellaswag", "piqa"):  # the harness itself stops at the others
+        with pytest.raises(SsahError, match=f"{task}.*is none of"): zero_shot(tiny_model(), tiny_tokenizer(), tasks=[task], limit=None)
+        assert len(zero_shot(tiny_model(), tiny_tokenizer(), tasks=[task], limit=1)) == 1
+
+
 def test_zero_shot_reads_local_files_only(tmp_path, monkeypatch):
     def task_file(task):
         Dataset.from_list([QUESTIONS[task]]*5).save_to_disk(tmp_path/task)
