@@ -125,6 +125,7 @@ def finetune_dpo(
     seed: int = 0,                       # seed of the order
     max_tokens: int = 1024,              # tokens that are run at once
     reference: torch.Tensor | None = None,  # from `reference_margins`; None: the reference is the model before training
+    mixed: bool = False,                 # multiply in bfloat16, as in `finetune`
 ) -> pd.DataFrame:
     "Train on preferences: `optimize` with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
     rows, order = list(rows), random.Random(seed)
@@ -137,4 +138,4 @@ def finetune_dpo(
             losses = -F.logsigmoid(beta*(chosen - rejected - reference[part]))
             if sft_weight: losses = losses - sft_weight*chosen/tokens[part].to(chosen.device)
             yield losses.sum()/len(batch)
-    return optimize(model, [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)], part_losses, lr)
+    return optimize(model, [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)], part_losses, lr, mixed=mixed)

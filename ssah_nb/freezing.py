@@ -414,7 +414,7 @@ def finetune_protected(
     lora_lr: float = 10.0,               # times the learning rate, for an adapter
     lr: float = 1e-4,                    # peak learning rate
     seed: int = 0,                       # of the order and the random sets
-    **training,                          # max_epochs of `finetune_until`; batch_size and max_response of `finetune`
+    **training,                          # max_epochs of `finetune_until`; batch_size, max_response and mixed of `finetune`
 ) -> tuple[PreTrainedModel, dict]:
     "Fine-tune in one of the ways; an ordinary model, and what `finetune_until` says with the frozen units and their shares. Raises `SsahError` for an unknown way."
     mask, adapter, aligned = frozen_units(way, units, safety, utility, top_cu, seed), way in ("lora", "safe_lora"), None

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_nb.alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, probe, probe_margin, training_batches, training_perplexity
+from ssah_nb.alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, mixed_precision, probe, probe_margin, training_batches, training_perplexity
 from ssah_nb.evaluation import perplexity
-from ssah_nb.models import chat_prompt, tiny_model, tiny_tokenizer
+from ssah_nb.models import ARCHITECTURES, chat_prompt, tiny_model, tiny_tokenizer
 from ssah_nb.setup import SsahError
 
 PAIRS = [{"prompt": f"Say {w}", "response": w} for w in ("yes", "no", "maybe", "never")]
@@ -38,6 +38,30 @@ def test_training_under_autocast_follows_float32():
         model = tiny_model()
         with torch.autocast("cpu", torch.bfloat16, enabled=on): losses[on] = finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, epochs=8, batch_size=2).loss
     assert (losses[True]/losses[False] - 1).abs().max() < 0.1 and losses[True].iloc[-1] < 0.7*losses[True].iloc[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mixed_precision_follows_float32(architecture):
+    losses = {}
+    for mixed in (False, True):
+        model = tiny_model(architecture)
+        losses[mixed] = finetune(model, tiny_tokenizer(), PAIRS, lr=1e-3, epochs=4, batch_size=2, mixed=mixed).loss
+    assert not torch.equal(torch.tensor(losses[True]), torch.tensor(losses[False])) and (losses[True]/losses[False] - 1).abs().max() < 0.01
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(torch.equal(p, p.bfloat16().float()) for p in model.parameters() if p.ndim == 2)  # the float32 weights were trained, not their copies
+
+
+def test_mixed_precision_trains_a_bfloat16_model_and_survives_an_error():
+    model = tiny_model().bfloat16()
+    history = finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, epochs=8, batch_size=2, mixed=True)
+    assert model.dtype == torch.bfloat16 and history.loss.iloc[-1] < 0.7*history.loss.iloc[0]
+    model = tiny_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="stop"), mixed_precision(model):
+        assert model.lm_head.weight.dtype == torch.bfloat16 and model.model.norm.weight.dtype == torch.float32
+        assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32
+        raise RuntimeError("stop")
+    assert all(torch.equal(v, before[k]) and v.dtype == torch.float32 for k, v in model.state_dict().items())
 
 
 def test_training_perplexity_is_of_every_kth_pair():

@@ -53,11 +53,12 @@ def test_a_reference_can_be_computed_once_for_several_runs(tokenizer):
         train(reference[:2])
 
 
-def test_dpo_trains_redundant_units_only(tokenizer):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_dpo_trains_redundant_units_only(tokenizer, mixed):
     model = tiny_model()
     utility = importance(model, tokenizer, BENIGN)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    finetune_dpo(train_only(model, redundant_units(utility, 0.1)), tokenizer, ROWS, lr=1e-2, batch_size=4)
+    finetune_dpo(train_only(model, redundant_units(utility, 0.1)), tokenizer, ROWS, lr=1e-2, batch_size=4, mixed=mixed)
     after = model.state_dict()
     changed = sum(int((after[name] != before[name]).sum()) for name in before)
     assert 0 < changed <= 0.1 * sum(p.numel() for p in tiny_model().parameters())

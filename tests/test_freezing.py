@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from ssah_nb.alignment_probe import finetune
 from ssah_nb.budget import train_only
 from ssah_nb.classes import UnitMap, UnitMask
 from ssah_nb.attribution import Scores
@@ -134,6 +135,20 @@ def test_trained_parts_get_the_gradients_of_the_full_model(architecture, checkpo
             else: assert (grad - wanted).norm() <= (0.1 if autocast else 1e-4)*wanted.norm() + 1e-6, name
     for name, p in model.named_parameters():
         if name in expected: assert (p.grad - expected[name]).norm() <= (0.1 if autocast else 1e-4)*expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_frozen_bits_stay_in_mixed_precision(architecture):
+    mask, states = half(), {}
+    for mixed in (False, True):
+        model = freeze(tiny_model(architecture), mask)
+        before, adjacency = snapshot(model), [adjacent(*s.parts("weight")) for s in split_linears(model).values()]
+        finetune(model, tiny_tokenizer(), [{"prompt": f"Say {w}", "response": w} for w in ("yes", "no", "maybe")], lr=1e-2, epochs=2, batch_size=1, mixed=mixed)
+        assert [adjacent(*s.parts("weight")) for s in split_linears(model).values()] == adjacency
+        states[mixed] = snapshot(merge(model))
+        check_trained(states[mixed], before, mask, architecture)
+    moved = {mixed: torch.cat([(after[name] - before[name]).flatten() for name in before]) for mixed, after in states.items()}
+    assert torch.cosine_similarity(moved[True], moved[False], dim=0) > 0.95
 
 
 def test_save_and_resume_in_mid_training():
