@@ -9,6 +9,7 @@ The bar, for a CPU with AMX: 2.5 x the speed of float32, optimizer step included
 """
 
 import argparse
+import os
 import time
 
 import pandas as pd
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     pairs = without_safety_phrases(load_pairs("toy_benign" if options.model == "tiny" else "alpaca_eval"))
     pairs = (pairs*(options.steps*options.batch_size//len(pairs) + 1))[:options.steps*options.batch_size]
     print(f"{options.model} on {processor(pick_device(options.device))}, {torch.get_num_threads()} thread(s), AdamW, {options.steps} steps of {options.batch_size} pairs, "
-          f"responses of up to {options.max_response} tokens")
+          f"responses of up to {options.max_response} tokens" + "; memory kept (MALLOC_ variables of the workflow)"*("MALLOC_TRIM_THRESHOLD_" in os.environ))
     for way, dtype in (("float32", torch.float32), ("autocast", torch.float32), ("bfloat16", torch.bfloat16), ("mixed", torch.float32)):
         set_seed(0)
         model, tokenizer = load_model(options.model, dtype, options.device)
