@@ -1,5 +1,4 @@
-"""Fine-tuning in float32, under bfloat16 autocast, in bfloat16 with float32 copies (a bfloat16 model), and in mixed precision (ours): speed, and the loss
-curve against float32's.
+"""Fine-tuning in float32, under bfloat16 autocast, of a bfloat16 model (with float32 copies) and in mixed precision: speed, and loss against float32's.
 
     python benchmarks/training.py                                   # a tiny random model: seconds, only to see that it works
     python benchmarks/training.py --model embedded --steps 150      # SmolLM2-135M-Instruct: minutes on a CPU with AMX, half an hour without
