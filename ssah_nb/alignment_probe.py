@@ -59,7 +59,7 @@ def alignment_pairs(
 # %% ../nbs/04_alignment_probe.ipynb #cell-10b
 @contextmanager
 def mixed_precision(model: PreTrainedModel) -> Iterator[PreTrainedModel]:  # any model
-    "Inside, modules that hold a matrix multiply in bfloat16 and give float32. Afterwards each parameter is again the tensor that it was: what trains it must write there."
+    "Inside, modules that hold a matrix multiply in bfloat16 and give float32 (after Micikevicius et al. 2018). Afterwards each parameter is again the tensor that it was: what trains it must write there."
     modules = [m for m in model.modules() if any(p.ndim == 2 for p in m.parameters(recurse=False))]
     originals, handles = {p: p.data for m in modules for p in m.parameters(recurse=False)}, []
     to = lambda dtype, x: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
@@ -134,7 +134,7 @@ def optimize(
             torch.clear_autocast_cache()  # under autocast, it would hold the weights from before the step
             if after_step: after_step()
             if not math.isfinite(losses[-1]): raise SsahError(f"the training loss is {losses[-1]} at step {len(losses) - 1}; lower lr (now {lr}) or check the weights")
-    for p, master in rounded: p.detach().copy_(master)  # now in the dtype that the model came in
+    for p, master in rounded: p.detach().copy_(master)  # a float16 model has its own tensors back, which no step wrote to
     model.eval()
     history = pd.DataFrame({"step": range(len(losses)), "loss": losses})
     states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]

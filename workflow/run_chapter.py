@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "TQDM_MININTERVAL": "10",  # seconds between two progress lines of a loop
     "TQDM_DELAY": "5",  # seconds before a loop prints any
     "TQDM_NCOLS": "100",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),  # glibc keeps freed memory for the next batch or step: training takes a fifth less time than with fresh pages
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),  # glibc keeps freed memory for the next batch or step, which need not fault in fresh pages then
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 
