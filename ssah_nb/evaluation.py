@@ -516,7 +516,9 @@ def zero_shot(
     with tempfile.TemporaryDirectory() as folder, evaluating(model):
         write_tasks(tasks, Path(folder), limit)
         manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
-        with contextlib.redirect_stderr(io.StringIO()): harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or (4 if model.device.type == "cpu" else 16))
+        where = model.device.type
+        cast = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None  # the harness opens an autocast of its own
+        with contextlib.redirect_stderr(io.StringIO()): harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or (4 if where == "cpu" else 16), mixed_precision_dtype=cast)
         for task in progress(tasks, "zero-shot"):
             with contextlib.redirect_stderr(io.StringIO()):  # the harness's own bars, four per task
                 loaded = manager.load([task])

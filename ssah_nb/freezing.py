@@ -53,7 +53,9 @@ class SplitProduct(torch.autograd.Function):
         kept = None
         if ctx.needs_input_grad[1]: kept = x if dim == 0 else x[..., :len(trained)].contiguous()
         ctx.save_for_backward(kept, trained, frozen)  # a step before the backward pass is an error, as it is for any weight
-        ctx.dim, w = dim, whole(trained, frozen).to(x.dtype)
+        w = whole(trained, frozen)
+        ctx.dim, ctx.cast = dim, None
+        if w.dtype != x.dtype: w = ctx.cast = w.to(x.dtype)  # under autocast
         return F.linear(x, w if dim == 0 else w.t(), bias)
 
     @staticmethod
@@ -61,7 +63,7 @@ class SplitProduct(torch.autograd.Function):
     def backward(ctx, grad):
         (kept, trained, frozen), of_x, of_trained, of_bias = ctx.saved_tensors, None, None, None
         if ctx.needs_input_grad[0]:
-            w = whole(trained, frozen).to(grad.dtype)
+            w = whole(trained, frozen) if ctx.cast is None else ctx.cast
             of_x = grad @ (w if ctx.dim == 0 else w.t())
         if ctx.needs_input_grad[1]:
             rows, columns = (grad[..., :len(trained)], kept) if ctx.dim == 0 else (kept, grad)

@@ -313,8 +313,10 @@ def response_losses(
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:  # any model
     "The model in evaluation mode; each module's own mode returns afterwards."
     modes = [(module, module.training) for module in model.modules()]
+    torch.clear_autocast_cache()
     try: yield model.eval()
     finally:
+        torch.clear_autocast_cache()
         for module, mode in modes: module.training = mode
 
 # %% ../nbs/01_models.ipynb #cell-35

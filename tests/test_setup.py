@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssah_nb import setup
-from ssah_nb.setup import Run, SsahError, figure_bytes, pick_device, pick_dtype, progress, set_seed, show_progress, side_by_side, write_atomic
+from ssah_nb.setup import Run, SsahError, figure_bytes, pick_device, pick_dtype, pick_mixed, progress, set_seed, show_progress, side_by_side, write_atomic
 
 
 @pytest.fixture
@@ -77,6 +77,8 @@ def test_device_and_dtype_errors_name_the_choices():
         pick_device("nowhere")
     with pytest.raises(SsahError, match="float8.*bfloat16"):
         pick_dtype("float8", torch.device("cpu"))
+    with pytest.raises(SsahError, match="mixed='yes'"):
+        pick_mixed("yes", torch.device("cpu"))
 
 
 def test_seed_repeats():
