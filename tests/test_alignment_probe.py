@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_nb.alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, probe, probe_margin, training_batches, training_perplexity
+from ssah_nb.alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, mixed_precision, probe, probe_margin, training_batches, training_perplexity
 from ssah_nb.classes import UnitMask, pruned
 from ssah_nb.evaluation import perplexity
 from ssah_nb.models import ARCHITECTURES, chat_prompt, tiny_model, tiny_tokenizer
@@ -33,11 +33,12 @@ def test_finetune_learns_and_repeats():
     assert runs[0] == runs[1] and runs[0][-1] < 0.7*runs[0][0]
 
 
-def test_training_under_autocast_is_mixed():
-    losses = []
-    for mixed in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=not mixed): losses.append(finetune(tiny_model(), tiny_tokenizer(), PAIRS, lr=1e-2, epochs=8, batch_size=2, mixed=mixed).loss.tolist())
-    assert losses[0] == losses[1] and losses[1][-1] < 0.7*losses[1][0]
+def test_training_under_autocast_follows_float32():
+    losses = {}
+    for on in (False, True):
+        model = tiny_model()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on): losses[on] = finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, epochs=8, batch_size=2).loss
+    assert (losses[True]/losses[False] - 1).abs().max() < 0.1 and losses[True].iloc[-1] < 0.7*losses[True].iloc[0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -59,6 +60,14 @@ def test_mixed_precision_trains_a_model_of_two_bytes(dtype):
     history = finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, epochs=8, batch_size=2, mixed=True)
     assert {p.dtype for p in model.parameters()} == {dtype} and history.loss.iloc[-1] < 0.7*history.loss.iloc[0]
     assert perplexity(model, tiny_tokenizer(), PAIRS).value < 0.7*before  # the model itself was trained, not only what it computed with
+
+
+def test_mixed_precision_ends_with_an_error():
+    model = tiny_model()
+    with pytest.raises(RuntimeError, match="stop"), mixed_precision(model):
+        assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
+        raise RuntimeError("stop")
+    assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32 and model.config._attn_implementation == tiny_model().config._attn_implementation
 
 
 def test_one_autocast_for_all_measures_what_pruning_and_training_changed():

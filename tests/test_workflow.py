@@ -136,3 +136,21 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     assert result.returncode == 0, result.stdout
     for path in sorted((tmp_path / "ssah_nb").glob("*.py")):
         assert path.read_bytes() == (ROOT / "ssah_nb" / path.name).read_bytes(), f"{path.name}: run `make export`"
+
+
+def test_compare_runs_names_what_differs(tmp_path):
+    script = [sys.executable, str(ROOT / "workflow/compare_runs.py"), str(tmp_path / "a"), str(tmp_path / "b")]
+    for folder, rate, verdict in (("a", 0.5, "holds"), ("b", 0.75, "open")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rates.csv").write_text(f"model,rate,rate_low,rate_high,n\nx,{rate},0.4,0.6,10\ny,0.1,0.0,0.2,10\n")
+        (tmp_path / folder / "paper_vs_ours.csv").write_text(f"experiment,claim,measured,low,high,verdict\nB,pruning it,{rate},0.4,0.9,{verdict}\n")
+    printed = run(script, tmp_path).stdout
+    words = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
+    assert words["rates"] == ["2", "8", "1", "0.33", "rate", "2", "1"]  # rows, numbers, differ, largest, in, intervals, outside
+    assert words["paper_vs_ours"][-1] == "0" and "1 of 1 verdicts differ" in printed and "B: pruning it: holds (0.5: 0.4 to 0.9), then open (0.75" in printed
+    (tmp_path / "b/rates.csv").write_text("model,rate\nx,1\n")
+    (tmp_path / "b/more.csv").write_text("x\n1\n")
+    printed = run(script, tmp_path).stdout
+    assert "other rows or columns" in printed and "only in one of the runs: more" in printed
+    printed = run([*script[:3], str(tmp_path / "c")], tmp_path).stdout
+    assert printed.startswith(f"error: no tables in {tmp_path / 'c'}") and printed.count("\n") == 1
