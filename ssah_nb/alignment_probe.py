@@ -60,11 +60,12 @@ def alignment_pairs(
 @contextmanager
 def mixed_precision(model: PreTrainedModel) -> Iterator[None]:  # any model, PEFT-wrapped or not
     "`torch.autocast` in bfloat16; on a CPU with plain attention, since the fused kernel's backward pass is slow there."
-    attention = model.config._attn_implementation
+    attention, plain = model.config._attn_implementation, model.device.type == "cpu"
+    if plain: model.set_attn_implementation("eager")
     try:
-        if model.device.type == "cpu": model.set_attn_implementation("eager")
         with torch.autocast(model.device.type, torch.bfloat16): yield
-    finally: model.set_attn_implementation(attention)
+    finally:
+        if plain: model.set_attn_implementation(attention)
 
 # %% ../nbs/04_alignment_probe.ipynb #cell-10
 def training_batches(

@@ -257,11 +257,12 @@ def test_zero_shot_refuses_an_answer_that_is_no_choice(tmp_path, monkeypatch):
         assert len(zero_shot(tiny_model(), tiny_tokenizer(), tasks=[task], limit=1)) == 1
 
 
-def test_zero_shot_stays_in_the_autocast_around_it():
+@pytest.mark.parametrize("measure", [lambda model: zero_shot(model, tiny_tokenizer(), tasks=["rte"], limit=1), lambda model: generate(model, tiny_tokenizer(), ["Hi", "Name three colours"])])
+def test_what_measures_stays_in_the_autocast_around_it(measure):
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
     for on in (True, False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=on): zero_shot(model, tiny_tokenizer(), tasks=["rte"], limit=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on): measure(model)
         assert set(seen) == {torch.bfloat16 if on else torch.float32}
         seen.clear()
 

@@ -143,14 +143,15 @@ def test_compare_runs_names_what_differs(tmp_path):
     for folder, rate, verdict in (("a", 0.5, "holds"), ("b", 0.75, "open")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "rates.csv").write_text(f"model,rate,rate_low,rate_high,n\nx,{rate},0.4,0.6,10\ny,0.1,0.0,0.2,10\n")
-        (tmp_path / folder / "paper_vs_ours.csv").write_text(f"experiment,claim,measured,low,high,verdict\nB,pruning it,{rate},0.4,0.9,{verdict}\n")
+        (tmp_path / folder / "paper_vs_ours.csv").write_text(f"experiment,claim,measured,low,high,verdict\nB,pruning it ({rate}),{rate},0.4,0.9,{verdict}\n")
     printed = run(script, tmp_path).stdout
     words = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
     assert words["rates"] == ["2", "8", "1", "0.33", "rate", "2", "1"]  # rows, numbers, differ, largest, in, intervals, outside
-    assert words["paper_vs_ours"][-1] == "0" and "1 of 1 verdicts differ" in printed and "B: pruning it: holds (0.5: 0.4 to 0.9), then open (0.75" in printed
+    assert "1 of 1 verdicts differ" in printed and "B: pruning it (0.5): holds (0.5: 0.4 to 0.9), then open (0.75" in printed
     (tmp_path / "b/rates.csv").write_text("model,rate\nx,1\n")
+    (tmp_path / "b/paper_vs_ours.csv").write_text("experiment,claim,measured,low,high,verdict\nB,another,0.5,0.4,0.9,holds\n")
     (tmp_path / "b/more.csv").write_text("x\n1\n")
     printed = run(script, tmp_path).stdout
-    assert "other rows or columns" in printed and "only in one of the runs: more" in printed
+    assert printed.count("other rows or columns") == 2 and "only in one of the runs: more" in printed and "error: the two reports make other claims" in printed
     printed = run([*script[:3], str(tmp_path / "c")], tmp_path).stdout
     assert printed.startswith(f"error: no tables in {tmp_path / 'c'}") and printed.count("\n") == 1
