@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         plain = [report.claim.str.replace(r" \(.*?\)", "", regex=True) for report in (claims, others)]  # what is in brackets may be measured
         if not plain[0].equals(plain[1]):
             sys.exit("error: the two reports make other claims, so their verdicts cannot be compared; run chapter 10 of both anew")
-        changed = claims.join(others, rsuffix="_second").query("verdict != verdict_second")
+        changed = claims.merge(others, left_index=True, right_index=True, suffixes=("", "_second")).query("verdict != verdict_second")
         print(f"{len(changed)} of {len(claims)} verdicts differ")
         for row in changed.itertuples():
             print(f"  {row.experiment}: {row.claim}: {row.verdict} ({row.measured:.3g}: {row.low:.3g} to {row.high:.3g}), "
