@@ -10,5 +10,5 @@ from .data import SOURCES, Splits, load_pairs, make_splits
 from .evaluation import Estimate, attack_success, coherence, generate, is_refusal, over_refusal, perplexity, safety_report, text_perplexity, zero_shot
 from .freezing import WAYS, finetune_protected, freeze, merge
 from .models import load_model, save_model
-from .setup import SsahError, set_seed, show_progress
+from .setup import SsahError, pick_mixed, set_seed, show_progress
 from .transfer import transfer
