@@ -114,7 +114,6 @@ def optimize(
     rounded, losses = [(p, master) for p, master in zip(trained, masters) if p.dtype != torch.float32], []
     model.train()
     with gradients_to(dict(zip(trained, masters))), mixed_precision(model) if mixed else nullcontext():
-        torch.clear_autocast_cache()  # it may hold weights that were cast without a gradient
         for rows in progress(batches, "training"):
             losses.append(0.0)
             for loss in part_losses(rows):

@@ -76,7 +76,7 @@ def pick_dtype(
 # %% ../nbs/00_setup.ipynb #cell-09b
 @functools.cache
 def bfloat16_speed() -> float:
-    "How many times as fast this CPU multiplies bfloat16 matrices as float32 ones: the best of five tries each, at the size of a small model's MLP."
+    "How many times as fast this CPU multiplies bfloat16 matrices of 1024 x 1024 as float32 ones: the best of five tries each."
     seconds = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
     matrices = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in seconds}
     for dtype, x in 5*list(matrices.items()):
@@ -89,7 +89,7 @@ def pick_mixed(
     mixed: bool | str,     # True, False, or "auto": where `bfloat16_speed` is at least 1.5
     device: torch.device,  # where the model will live
 ) -> bool:
-    "Whether to multiply in bfloat16; \"auto\" never does on a GPU, where a model is bfloat16 already."
+    "Whether to multiply in bfloat16; \"auto\" never does on a GPU, where `pick_dtype` has made the model bfloat16. Raises `SsahError` for another word."
     if mixed not in (True, False, "auto"): raise SsahError(f"unknown mixed={mixed!r}; use True, False or 'auto'")
     return device.type == "cpu" and bfloat16_speed() >= 1.5 if mixed == "auto" else bool(mixed)
 

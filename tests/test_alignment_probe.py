@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ssah_nb.alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, mixed_precision, probe, probe_margin, training_batches, training_perplexity
+from ssah_nb.attribution import importance
 from ssah_nb.classes import UnitMask, pruned
 from ssah_nb.evaluation import perplexity
 from ssah_nb.models import ARCHITECTURES, chat_prompt, tiny_model, tiny_tokenizer
@@ -71,9 +72,9 @@ def test_mixed_precision_ends_with_an_error():
 
 
 def test_one_autocast_for_all_measures_what_pruning_and_training_changed():
-    model, tokenizer, mask = tiny_model(), tiny_tokenizer(), UnitMask(torch.rand(2, 32) < 0.5, torch.zeros(2, 4, dtype=torch.bool))
+    model, tokenizer, mask = tiny_model(), tiny_tokenizer(), UnitMask(torch.arange(64).view(2, 32) % 2 == 0, torch.zeros(2, 4, dtype=torch.bool))
     def measure():
-        with torch.autocast("cpu", torch.bfloat16): return perplexity(model, tokenizer, PAIRS).value
+        with torch.autocast("cpu", torch.bfloat16): return perplexity(model, tokenizer, PAIRS).value, importance(model, tokenizer, PAIRS).mlp.sum().item()
     def thrice():
         yield measure()
         with pruned(model, mask): yield measure()

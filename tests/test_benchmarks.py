@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
     [
         (["gpu.py", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--rows", "1", "--tokens", "8"], ["attribution", "training step, f = 0.80"]),
         (["attribution.py", "--repeats", "1", "--pairs", "4"], ["ratio: time", "(bar 1.10)"]),
-        (["training.py", "--steps", "2", "--batch-size", "2"], ["float32:", "bfloat16:", "mixed:"]),
+        (["training.py", "--steps", "2", "--batch-size", "2"], ["float32:", "autocast:", "bfloat16:", "mixed:"]),
     ],
 )
 def test_benchmark_runs(arguments, words):

@@ -81,6 +81,14 @@ def test_device_and_dtype_errors_name_the_choices():
         pick_mixed("yes", torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("speed", "mixed"), [(0.6, False), (1.4, False), (2.2, True)])
+def test_auto_is_mixed_where_the_cpu_is_faster(monkeypatch, speed, mixed):
+    assert 0 < setup.bfloat16_speed() < 1000
+    monkeypatch.setattr(setup, "bfloat16_speed", lambda: speed)
+    assert pick_mixed("auto", torch.device("cpu")) is mixed and pick_mixed("auto", torch.device("cuda")) is False
+    assert pick_mixed(True, torch.device("cpu")) is True and pick_mixed(False, torch.device("cpu")) is False
+
+
 def test_seed_repeats():
     set_seed(5)
     a = torch.rand(2)

@@ -20,27 +20,27 @@ def read(folder: Path) -> dict[str, pd.DataFrame]:
 
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> dict:
     """What differs between two forms of one table."""
-    texts = [name for name in first if first[name].dtype.kind not in "if" and name != "verdict"]
+    numbers = [name for name in first if first[name].dtype.kind in "ifb"]
+    texts = [name for name in first if name not in numbers and name != "verdict"]
     if list(first) != list(second) or not first[texts].equals(second[texts]):
         return {"rows": "other rows or columns"}
-    numbers = [name for name in first if first[name].dtype.kind in "if"]
-    a, b = first[numbers], second[numbers]
+    a, b = first[numbers].astype(float), second[numbers].astype(float)
     off = ((a - b).abs() / pd.concat([a.abs(), b.abs()]).groupby(level=0).max()).fillna(0).mask(a.isna() != b.isna(), float("inf"))
-    value = {name.removesuffix("_low"): name for name in numbers if name.endswith("_low")} | ({"measured": "low"} if "measured" in first else {})
-    value |= {"margin": "low"} if "margin" in first else {}
-    outside = sum(int(((b[v] < a[low]) | (b[v] > a[low[:-3] + "high"])).sum()) for v, low in value.items())
-    worst = off.max().idxmax()
-    return {"rows": len(a), "numbers": a.size, "differ": int((off > 0).sum().sum()), "largest": off.max().max(), "in": worst if off.max().max() else "",
-            "intervals": len(a) * len(value), "outside": outside}
+    ends = {name.removesuffix("_low"): f"{name.removesuffix('_low')}_" for name in numbers if name.endswith("_low")}
+    ends |= {name: "" for name in ("margin", "measured") if name in numbers}  # their interval is called low and high
+    outside = sum(int(((b[name] < a[f"{end}low"]) | (b[name] > a[f"{end}high"])).sum()) for name, end in ends.items())
+    largest = off.max()
+    return {"rows": len(a), "numbers": a.size, "differ": int((off > 0).sum().sum()), "largest": largest.max(), "in": largest.idxmax() if largest.max() else "",
+            "intervals": len(a) * len(ends), "outside": outside}
 
 
-def main(arguments: list[str] | None = None) -> pd.DataFrame:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     first, second = read(options.first), read(options.second)
-    for name in first.keys() ^ second.keys():
+    for name in sorted(first.keys() ^ second.keys()):
         print(f"only in one of the runs: {name}")
     found = pd.DataFrame({name: compare(first[name], second[name]) for name in first if name in second}).T
     print(found.to_string(na_rep="-", float_format=lambda x: f"{x:.2g}"))
@@ -54,7 +54,6 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         for row in changed.itertuples():
             print(f"  {row.experiment}: {row.claim}: {row.verdict} ({row.measured:.3g}: {row.low:.3g} to {row.high:.3g}), "
                   f"then {row.verdict_second} ({row.measured_second:.3g}: {row.low_second:.3g} to {row.high_second:.3g})")
-    return found
 
 
 if __name__ == "__main__":
