@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-RESULTS = Path(__file__).parent/"results"/"commands.csv"
+RESULTS = Path(__file__).parent / "results" / "commands.csv"
 
 
 def memory(process: psutil.Process) -> int:  # bytes of the process and all below it
@@ -34,7 +34,10 @@ def cpu_name() -> str:  # not ssah_nb's processor: ssah_nb is installed by the c
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def main(command: list[str]) -> int:
@@ -46,15 +49,29 @@ def main(command: list[str]) -> int:
         except psutil.NoSuchProcess:
             break
         time.sleep(2)
-    row = {"command": " ".join(command), "minutes": (time.time() - start)/60, "peak_gb": peak/1e9, "starts": 1,
-           "cpu": cpu_name(), "cores": psutil.cpu_count(), "python": platform.python_version(), "exit": process.wait()}
+    row = {
+        "command": " ".join(command),
+        "minutes": (time.time() - start) / 60,
+        "peak_gb": peak / 1e9,
+        "starts": 1,
+        "cpu": cpu_name(),
+        "cores": psutil.cpu_count(),
+        "python": platform.python_version(),
+        "exit": process.wait(),
+    }
     rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=list(row))
     stopped = (rows.command == row["command"]) & (rows.cpu == row["cpu"]) & (rows.exit != 0)
     for before in rows[stopped].itertuples():
-        row |= {"minutes": row["minutes"] + before.minutes, "peak_gb": max(row["peak_gb"], before.peak_gb), "starts": before.starts + 1}
+        row |= {
+            "minutes": row["minutes"] + before.minutes,
+            "peak_gb": max(row["peak_gb"], before.peak_gb),
+            "starts": before.starts + 1,
+        }
     row |= {"minutes": round(row["minutes"], 1), "peak_gb": round(row["peak_gb"], 2)}
     RESULTS.parent.mkdir(exist_ok=True)
-    pd.concat([rows[~stopped], pd.DataFrame([row])]).sort_values("command", kind="stable").to_csv(RESULTS, index=False)
+    pd.concat([rows[~stopped], pd.DataFrame([row])]).sort_values("command", kind="stable").to_csv(
+        RESULTS, index=False
+    )
     print(row)
     return row["exit"]
 

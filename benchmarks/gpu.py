@@ -20,54 +20,93 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ssah_nb.attribution import METHODS, collect_moments
 from ssah_nb.freezing import freeze
-from ssah_nb.models import TokenBatch, decoder
-from ssah_nb.setup import processor, show_progress
+from ssah_nb.engine.batches import TokenBatch, decoder
+from ssah_nb.engine.run import processor, show_progress
 
-SHAPES = {"llama2-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-          "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)}
+SHAPES = {
+    "llama2-7b": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+    "tiny": dict(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+}
 
 
 def random_model(shape: str, device: str) -> PreTrainedModel:
     "A random model of this shape in bfloat16, made on the device."
     torch.manual_seed(0)  # not set_seed: deterministic algorithms are not what people train with
-    with torch.device(device): return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPES[shape]), dtype=torch.bfloat16)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", **SHAPES[shape]), dtype=torch.bfloat16
+        )
 
 
 def seconds(run, device: str, repeats: int) -> float:
     "Median wall seconds of a run, after one that is not counted."
     taken = []
     for _ in range(repeats + 1):
-        if device == "cuda": torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         run()
-        if device == "cuda": torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])
 
 
 def peak_gb(device: str, reset: bool = False) -> float:
     "Peak memory of the GPU since the last reset; NaN on a CPU."
-    if device != "cuda": return float("nan")
-    if reset: torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated()/1e9
+    if device != "cuda":
+        return float("nan")
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated() / 1e9
 
 
 def attribution(model: PreTrainedModel, options: argparse.Namespace) -> list[dict]:
     "Tokens per second of the bare pass and of attribution, and the share of the chip's matmul rate that the bare pass reaches."
     device, size = options.device, 8192 if options.shape != "tiny" else 256
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    rate = 2*size**3/seconds(lambda: a @ b, device, options.repeats)
+    rate = 2 * size**3 / seconds(lambda: a @ b, device, options.repeats)
     ids = torch.randint(0, 256, (options.rows, options.tokens), device=device)
-    batch = TokenBatch(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool), list(range(len(ids))))
+    batch = TokenBatch(
+        ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool), list(range(len(ids)))
+    )
 
     @torch.no_grad()
-    def forward(): decoder(model)(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False)
+    def forward():
+        decoder(model)(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False)
 
-    rows, flops = [], 2*(linear_parameters(model) - model.get_output_embeddings().weight.numel())*ids.numel()
-    for name, run in {"forward": forward, "attribution": lambda: collect_moments(model, [batch], METHODS["flap"], "response")}.items():
+    rows, flops = (
+        [],
+        2 * (linear_parameters(model) - model.get_output_embeddings().weight.numel()) * ids.numel(),
+    )
+    for name, run in {
+        "forward": forward,
+        "attribution": lambda: collect_moments(model, [batch], METHODS["flap"], "response"),
+    }.items():
         peak_gb(device, reset=True)
         taken = seconds(run, device, options.repeats)
-        rows.append({"what": name, "seconds": taken, "tokens_per_second": ids.numel()/taken, "of_matmul_rate": flops/taken/rate, "peak_gb": peak_gb(device), "ratio": taken/(rows[0]["seconds"] if rows else taken)})
+        rows.append(
+            {
+                "what": name,
+                "seconds": taken,
+                "tokens_per_second": ids.numel() / taken,
+                "of_matmul_rate": flops / taken / rate,
+                "peak_gb": peak_gb(device),
+                "ratio": taken / (rows[0]["seconds"] if rows else taken),
+            }
+        )
     return rows
 
 
@@ -78,7 +117,16 @@ def step(f: float, options: argparse.Namespace) -> dict:
     if f:
         mask, rest = random_units(model, f)
         freeze(model, mask, rest=rest)
-        f = 1 - (linear_parameters(model, trained=True) + sum(p.numel() for n, p in model.named_parameters() if n.endswith("trained_weight")))/total
+        f = (
+            1
+            - (
+                linear_parameters(model, trained=True)
+                + sum(
+                    p.numel() for n, p in model.named_parameters() if n.endswith("trained_weight")
+                )
+            )
+            / total
+        )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(0, 256, (options.rows, options.tokens), device=options.device)
 
@@ -89,34 +137,57 @@ def step(f: float, options: argparse.Namespace) -> dict:
 
     peak_gb(options.device, reset=True)
     taken = seconds(run, options.device, options.repeats)
-    return {"what": f"training step, f = {f:.2f}", "seconds": taken, "tokens_per_second": ids.numel()/taken, "peak_gb": peak_gb(options.device), "optimizer_gb": optimizer_memory(optimizer)/1e9, "f": f}
+    return {
+        "what": f"training step, f = {f:.2f}",
+        "seconds": taken,
+        "tokens_per_second": ids.numel() / taken,
+        "peak_gb": peak_gb(options.device),
+        "optimizer_gb": optimizer_memory(optimizer) / 1e9,
+        "f": f,
+    }
 
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama2-7b", choices=list(SHAPES))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.28, 0.80], help="frozen shares f")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.0, 0.28, 0.80], help="frozen shares f"
+    )
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available(): parser.error("there is no GPU here; use --device cpu --shape tiny to try the script")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; use --device cpu --shape tiny to try the script")
     show_progress(False)
     model = random_model(options.shape, options.device).eval()
     rows = attribution(model, options)
     del model
     for f in options.shares:
         gc.collect()
-        if options.device == "cuda": torch.cuda.empty_cache()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
         rows.append(step(f, options))
     full = next((r for r in rows if r.get("f") == 0), None)
     for r in rows:
-        if full and "f" in r: r |= {"ratio": r["seconds"]/full["seconds"], "bar": (1 - r["f"]/3)*1.1, "memory_ratio": r["optimizer_gb"]/full["optimizer_gb"]}
-        elif r["what"] == "attribution": r["bar"] = 1.15
-    table = pd.DataFrame(rows).assign(shape=options.shape, chip=processor(options.device), batch=f"{options.rows} x {options.tokens}", torch=torch.__version__)
+        if full and "f" in r:
+            r |= {
+                "ratio": r["seconds"] / full["seconds"],
+                "bar": (1 - r["f"] / 3) * 1.1,
+                "memory_ratio": r["optimizer_gb"] / full["optimizer_gb"],
+            }
+        elif r["what"] == "attribution":
+            r["bar"] = 1.15
+    table = pd.DataFrame(rows).assign(
+        shape=options.shape,
+        chip=processor(options.device),
+        batch=f"{options.rows} x {options.tokens}",
+        torch=torch.__version__,
+    )
     print(table.to_string(index=False))
-    if options.device == "cuda": table.to_csv(Path(__file__).parent/"results/gpu.csv", index=False, float_format="%.4g")
+    if options.device == "cuda":
+        table.to_csv(Path(__file__).parent / "results/gpu.csv", index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":

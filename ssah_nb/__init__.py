@@ -2,13 +2,30 @@
 
 __version__ = "0.1.0"
 
-from .alignment_probe import STOCK_REFUSALS, alignment_pairs, finetune, probe
 from .attribution import METHODS, Importance, importance
-from .budget import finetune_dpo, preferences, redundant_units, reference_margins, train_only
-from .classes import UnitMap, UnitMask, classify, load_pruned, prune, pruned, search_scu
-from .data import SOURCES, Splits, load_pairs, make_splits
-from .evaluation import Estimate, attack_success, coherence, generate, is_refusal, over_refusal, perplexity, safety_report, text_perplexity, zero_shot
+from .budget import redundant_units, train_only
+from .classes import classify, load_pruned, prune, pruned, search_scu
+from .engine.alignment import STOCK_REFUSALS, alignment_pairs
+from .engine.data import load_pairs
+from .engine.evaluation import (
+    attack_success,
+    coherence,
+    is_refusal,
+    over_refusal,
+    perplexity,
+    safety_report,
+    text_perplexity,
+)
+from .engine.generation import generate
+from .engine.intervals import Estimate
+from .engine.models import load_model, save_model
+from .engine.preferences import finetune_dpo, preferences, reference_margins
+from .engine.run import SsahError, pick_mixed, set_seed, show_progress
+from .engine.splits import Splits, make_splits
+from .engine.sources import SOURCES
+from .engine.tasks import zero_shot
+from .engine.training import finetune
 from .freezing import WAYS, finetune_protected, freeze, merge
-from .models import load_model, save_model
-from .setup import SsahError, pick_mixed, set_seed, show_progress
+from .probe import probe
 from .transfer import transfer
+from .units import UnitMap, UnitMask

@@ -9,13 +9,25 @@ import pytest
 import torch
 
 from ssah_nb import setup
-from ssah_nb.setup import Run, SsahError, figure_bytes, pick_device, pick_dtype, pick_mixed, progress, set_seed, show_progress, side_by_side, write_atomic
+from ssah_nb.engine.figures import figure_bytes
+from ssah_nb.engine.run import (
+    Run,
+    SsahError,
+    pick_device,
+    pick_dtype,
+    pick_mixed,
+    progress,
+    set_seed,
+    show_progress,
+    side_by_side,
+    write_atomic,
+)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/"settings.ini").touch()
+    (tmp_path / "settings.ini").touch()
     return Run("test", "05_attribution", seed=3, lr=0.1)
 
 
@@ -28,7 +40,7 @@ def drawn():
 
 
 def test_figure_is_three_files_with_the_same_bytes_each_time(run):
-    table = pd.DataFrame({"x": [1, 2], "y": [1/3, 2/3]})
+    table = pd.DataFrame({"x": [1, 2], "y": [1 / 3, 2 / 3]})
     run.save_figure(drawn(), "fig", table)
     first = {p.name: p.read_bytes() for p in run.figures.iterdir()}
     run.save_figure(drawn(), "fig", table)
@@ -60,16 +72,21 @@ def test_manifest_has_hashes_parameters_and_device(run):
     run.save_table("table", pd.DataFrame({"a": [0.5], "b": ["text"]}))
     run.finish(torch.nn.Linear(1, 1), {"one way": 1.25})
     part = json.loads(run.path("manifest", "05_attribution.json").read_text())
-    assert set(part["files"]) == {"table.csv", "table.png", "table.svg"} and part["parameters"] == {"seed": 3, "lr": 0.1}
-    assert {"minutes", "device", "dtype", "versions", "threads"} <= set(part) and part["seconds"] == {"one way": 1.2}
+    assert set(part["files"]) == {"table.csv", "table.png", "table.svg"} and part["parameters"] == {
+        "seed": 3,
+        "lr": 0.1,
+    }
+    assert {"minutes", "device", "dtype", "versions", "threads"} <= set(part) and part[
+        "seconds"
+    ] == {"one way": 1.2}
 
 
 def test_write_atomic_replaces_or_keeps(tmp_path):
-    path = write_atomic(tmp_path/"new"/"file", b"1")
+    path = write_atomic(tmp_path / "new" / "file", b"1")
     write_atomic(path, b"22")
     assert path.read_bytes() == b"22" and list(path.parent.iterdir()) == [path]
     with pytest.raises(SsahError, match="cannot write"):
-        write_atomic(path/"below", b"3")
+        write_atomic(path / "below", b"3")
 
 
 def test_device_and_dtype_errors_name_the_choices():
@@ -85,8 +102,14 @@ def test_device_and_dtype_errors_name_the_choices():
 def test_auto_is_mixed_where_the_cpu_is_faster(monkeypatch, speed, mixed):
     assert 0 < setup.bfloat16_speed() < 1000
     monkeypatch.setattr(setup, "bfloat16_speed", lambda: speed)
-    assert pick_mixed("auto", torch.device("cpu")) is mixed and pick_mixed("auto", torch.device("cuda")) is False
-    assert pick_mixed(True, torch.device("cpu")) is True and pick_mixed(False, torch.device("cpu")) is False
+    assert (
+        pick_mixed("auto", torch.device("cpu")) is mixed
+        and pick_mixed("auto", torch.device("cuda")) is False
+    )
+    assert (
+        pick_mixed(True, torch.device("cpu")) is True
+        and pick_mixed(False, torch.device("cpu")) is False
+    )
 
 
 def test_seed_repeats():
@@ -108,10 +131,21 @@ def test_progress_can_be_switched_off_and_on(capsys, monkeypatch):
 def test_side_by_side_keeps_the_order_shares_the_cores_and_raises():
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
     together = threading.Barrier(2, timeout=10)  # nobody passes alone
+
     def work(x):
-        if threads >= 2: together.wait()
+        if threads >= 2:
+            together.wait()
         return x, torch.get_num_threads()
-    assert side_by_side(work, range(4), cpu) == [(x, threads//2 if threads >= 2 else threads) for x in range(4)]
-    assert side_by_side(lambda x: torch.get_num_threads(), range(2), torch.device("meta")) == [threads]*2  # elsewhere one after the other
-    with pytest.raises(SsahError, match="item 1"): side_by_side(lambda x: (_ for _ in ()).throw(SsahError(f"item {x}")) if x else x, range(3), cpu)
+
+    assert side_by_side(work, range(4), cpu) == [
+        (x, threads // 2 if threads >= 2 else threads) for x in range(4)
+    ]
+    assert (
+        side_by_side(lambda x: torch.get_num_threads(), range(2), torch.device("meta"))
+        == [threads] * 2
+    )  # elsewhere one after the other
+    with pytest.raises(SsahError, match="item 1"):
+        side_by_side(
+            lambda x: (_ for _ in ()).throw(SsahError(f"item {x}")) if x else x, range(3), cpu
+        )
     assert torch.get_num_threads() == threads

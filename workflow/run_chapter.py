@@ -25,7 +25,9 @@ ENVIRONMENT = {
     "TQDM_MININTERVAL": "10",  # seconds between two progress lines of a loop
     "TQDM_DELAY": "5",  # seconds before a loop prints any
     "TQDM_NCOLS": "100",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),  # glibc keeps freed memory for the next batch or step, which need not fault in fresh pages then
+    "MALLOC_MMAP_THRESHOLD_": str(
+        1 << 32
+    ),  # glibc keeps freed memory for the next batch or step, which need not fault in fresh pages then
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 
@@ -46,7 +48,11 @@ def read_profile(profile: str) -> dict:
         raise ProfileError(f"unknown profile {profile!r}; known: {', '.join(known)}")
     settings = yaml.safe_load((folder / profile / "parameters.yaml").read_text()) or {}
     base = read_profile(settings.pop("extends")) if "extends" in settings else {}
-    both = {key: base[key] | settings[key] for key in base.keys() & settings.keys() if isinstance(settings[key], dict)}
+    both = {
+        key: base[key] | settings[key]
+        for key in base.keys() & settings.keys()
+        if isinstance(settings[key], dict)
+    }
     return base | settings | both
 
 
@@ -55,7 +61,9 @@ def profile_parameters(profile: str) -> dict[str, dict]:
     settings = read_profile(profile)
     where = f"workflow/profiles/{profile}/parameters.yaml"
     common = settings.get("common") or {}
-    has = {chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb")) for chapter in chapters()}
+    has = {
+        chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb")) for chapter in chapters()
+    }
     for key in settings.keys() - {"hub", "common"} - has.keys():
         raise ProfileError(f"{where}: unknown chapter {key!r}; known: {', '.join(has)}")
     for name in common:
@@ -63,9 +71,12 @@ def profile_parameters(profile: str) -> dict[str, dict]:
             raise ProfileError(f"{where}: no chapter has the common parameter {name!r}")
     for chapter, names in has.items():
         for name in (settings.get(chapter) or {}).keys() - set(names):
-            raise ProfileError(f"{where}: {chapter} has no parameter {name!r}; it has: {', '.join(names) or 'none'}")
+            raise ProfileError(
+                f"{where}: {chapter} has no parameter {name!r}; it has: {', '.join(names) or 'none'}"
+            )
     return {
-        chapter: {name: value for name, value in common.items() if name in names} | (settings.get(chapter) or {})
+        chapter: {name: value for name, value in common.items() if name in names}
+        | (settings.get(chapter) or {})
         for chapter, names in has.items()
     }
 
@@ -108,7 +119,8 @@ def drop_progress(path: Path) -> None:
             cell.outputs = [
                 output
                 for output in cell.outputs
-                if output.get("name") != "stderr" or (output.text.strip() and not output.text.startswith("\r"))
+                if output.get("name") != "stderr"
+                or (output.text.strip() and not output.text.startswith("\r"))
             ]
     nbformat.write(notebook, path)
 
@@ -140,13 +152,19 @@ def run(profile: str, chapter: str, threads: str) -> None:
                 autosave_cell_every=0,  # the notebook is saved after each cell anyway
                 stdout_file=lines,
                 stderr_file=lines,
-                extra_arguments=["--log-level=CRITICAL"],  # no warning at each start that a local kernel is not encrypted
+                extra_arguments=[
+                    "--log-level=CRITICAL"
+                ],  # no warning at each start that a local kernel is not encrypted
             )
         except KeyboardInterrupt:
             sys.exit(f"{place}: stopped; the same command takes it up again")
         except Exception as error:
             traceback.print_exc(file=log)
-            what = f"{error.ename}: {error.evalue}" if isinstance(error, papermill.PapermillExecutionError) else repr(error)
+            what = (
+                f"{error.ename}: {error.evalue}"
+                if isinstance(error, papermill.PapermillExecutionError)
+                else repr(error)
+            )
             sys.exit(f"{place}: failed: {what} (whole traceback: {log_path})")
     drop_progress(partial)
     os.replace(partial, done)
