@@ -4,9 +4,13 @@ The executed notebook appears under runs/PROFILE/notebooks only when the chapter
 CHAPTER.partial.ipynb. What the chapter prints goes to runs/PROFILE/logs/CHAPTER.log, and to the terminal line by line.
 """
 
+import io
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
 import threading
 import time
 import traceback
@@ -64,7 +68,7 @@ def profile_parameters(profile: str) -> dict[str, dict]:
     has = {
         chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb")) for chapter in chapters()
     }
-    for key in settings.keys() - {"hub", "common"} - has.keys():
+    for key in settings.keys() - {"hub", "common", "machine"} - has.keys():
         raise ProfileError(f"{where}: unknown chapter {key!r}; known: {', '.join(has)}")
     for name in common:
         if not any(name in names for names in has.values()):
@@ -79,6 +83,36 @@ def profile_parameters(profile: str) -> dict[str, dict]:
         | (settings.get(chapter) or {})
         for chapter, names in has.items()
     }
+
+
+def machine(profile: str) -> dict[str, str]:
+    """What a profile says about the machine, as the environment variables that a run reads."""
+    settings = read_profile(profile).get("machine") or {}
+    if unknown := settings.keys() - {"device", "dtype", "mixed"}:
+        raise ProfileError(
+            f"workflow/profiles/{profile}/parameters.yaml: machine has no {', '.join(unknown)}; "
+            "it has: device, dtype, mixed"
+        )
+    return {f"SSAH_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def keep_committed(profile: str) -> None:
+    """Put the tables of figures/PROFILE, as git has them, aside in runs/PROFILE/committed.
+
+    Without git it is the folder as it is now. The last chapter compares the run with them.
+    """
+    source, kept = f"figures/{profile}", Path(f"runs/{profile}/committed")
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    archive = subprocess.run(["git", "archive", "HEAD", source], capture_output=True)
+    if archive.returncode == 0:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            for member in files.getmembers():
+                if member.name.endswith((".csv", ".json")):
+                    (kept / Path(member.name).name).write_bytes(files.extractfile(member).read())
+        return
+    for path in [*Path(source).glob("*.csv"), *Path(source).glob("*.json")]:
+        shutil.copy(path, kept)
 
 
 def end_with_parent() -> None:
@@ -129,7 +163,9 @@ def run(profile: str, chapter: str, threads: str) -> None:
     if chapter not in chapters():
         raise ProfileError(f"unknown chapter {chapter!r}; known: {', '.join(chapters())}")
     parameters = profile_parameters(profile)[chapter]
-    os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=threads)
+    os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=threads, **machine(profile))
+    if chapter == chapters()[0]:
+        keep_committed(profile)
     if not read_profile(profile).get("hub"):
         os.environ["HF_HUB_OFFLINE"] = "1"
     done = Path(f"runs/{profile}/notebooks/{chapter}.ipynb")
