@@ -1,23 +1,40 @@
-# make reproduce   the paper's experiments, as executed notebooks (runs/) and figures (figures/)
-# make test        all tests
-# Both do all set-up first, in .venv, once.
+# make reproduce      the paper's experiments, as executed notebooks (runs/) and figures (figures/)
+# make test           lint and all tests
+# make docs           the site, in docs/_build/html
+# make test-browser   the site and the chapters in a real browser (needs chromium)
+# Each does all set-up first, in .venv, once.
 
 PROFILE = embedded
 SNAKEMAKE_FLAGS =
-PYTHON = $(firstword $(foreach python,python3.11 python3.12 python3,$(shell $(python) -c $(SUPPORTED) 2>/dev/null && echo $(python))))
-SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
+PYTHON = $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell $(python) -c $(SUPPORTED) 2>/dev/null && echo $(python))))
+SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 PROFILES = $(sort $(patsubst workflow/profiles/%/config.yaml,%,$(wildcard workflow/profiles/*/config.yaml)))
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: reproduce test export readme lab lock clean-run
+.PHONY: reproduce test lint docs test-browser outputs export readme lab lock clean-run
 
 reproduce: known-profile $(READY)
 	@exec $(BIN)/snakemake --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
 	@echo "finished: notebooks in runs/$(PROFILE)/notebooks, figures and tables in figures/$(PROFILE)"
 
-test: $(READY)
+test: lint
 	@exec $(BIN)/python -m pytest --durations=10
+
+lint: $(READY)  ## line length, unused imports, undefined names
+	@$(BIN)/ruff check --quiet nbs ssah_nb tests workflow benchmarks docs
+
+docs: $(READY)  ## chapters as the embedded run executed them, where runs/embedded has them
+	@$(BIN)/python docs/build.py
+	@$(BIN)/sphinx-build -q -W --keep-going -n -b html docs/_build/source docs/_build/html
+	@echo "site: docs/_build/html/index.html"
+
+test-browser: docs
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -q -e '.[browser]'
+	@exec $(BIN)/python -m pytest -m browser tests/test_browser.py
+
+outputs: $(READY)  ## run the chapters with their default parameters and keep their outputs in nbs/
+	@exec $(BIN)/python workflow/store_outputs.py
 
 export: $(READY)  ## nbs/*.ipynb -> ssah_nb/*.py
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
@@ -32,7 +49,7 @@ lab: $(READY)
 	@exec $(BIN)/jupyter lab nbs
 
 lock: $(READY)  ## after a change in pyproject.toml: what this .venv then holds becomes the lock file
-	@$(BIN)/python -m pip install -e '.[run,train,test,dev]'
+	@$(BIN)/python -m pip install -e '.[run,train,test,docs,dev]'
 	@{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > requirements.new
 	@mv requirements.new requirements.lock
 
@@ -46,8 +63,8 @@ known-profile:
 
 $(READY): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
-	    test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }; \
-	    $(PYTHON) -c $(SUPPORTED) 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 2; }; \
+	    test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }; \
+	    $(PYTHON) -c $(SUPPORTED) 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 to 3.13" >&2; exit 2; }; \
 	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks venv; on Debian: apt install python3-venv" >&2; exit 2; }; \
 	    $(PYTHON) -m venv .venv; }
 	@$(BIN)/python -m pip install --no-compile -r requirements.lock  # what is imported is compiled then

@@ -1,0 +1,200 @@
+"""Write the pages of the site into docs/_build/source: `python docs/build.py`, then Sphinx.
+
+Chapters are shown as the embedded run executed them, when runs/embedded has them, else with the
+outputs that are stored in nbs/. Engine pages have their code folded. The API page is made from
+signatures and docments, the page of results from the tables in figures/.
+"""
+
+import importlib
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+from fastcore.docments import docments
+
+import ssah_nb
+from ssah_nb.engine.figures import readable
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "docs/_build/source"
+EXECUTED = ROOT / "runs/embedded/notebooks"
+
+MODULES = {
+    "Attribution": "attribution",
+    "Classes and pruning": "classes",
+    "Units": "units",
+    "Freezing": "freezing",
+    "Alignment budget": "budget",
+    "Probe": "probe",
+    "Transfer": "transfer",
+}
+
+
+def hide(cell: dict, tag: str) -> None:
+    """Tag a cell for myst-nb."""
+    cell.metadata["tags"] = [*cell.metadata.get("tags", []), tag]
+
+
+def is_plumbing(source: str) -> bool:
+    """Whether a cell says nothing to a reader: where it is exported to, or its imports only."""
+    lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+    return all(line.startswith(("from ", "import ", " ", ")")) for line in lines)
+
+
+def write_notebook(path: Path, target: Path, folded: bool) -> None:
+    """One notebook as a page; `folded`: its code is shown on demand only."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.source.strip()]
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        if cell.source.startswith("#| default_exp"):
+            hide(cell, "remove-cell")
+        elif folded or is_plumbing(cell.source) or "injected-parameters" in str(cell.metadata):
+            hide(cell, "hide-input")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, target)
+
+
+def title_and_claim(path: Path) -> tuple[str, str]:
+    """The H1 of a notebook and its `>` line."""
+    lines = nbformat.read(path, as_version=4).cells[0].source.splitlines()
+    claim = " ".join(line.lstrip("> ") for line in lines if line.startswith(">"))
+    return lines[0].lstrip("# "), claim
+
+
+def write_notebooks() -> tuple[list[Path], list[Path]]:
+    """All chapters and engine pages; their paths in nbs/."""
+    nbs = ROOT / "nbs"
+    chapters = sorted(nbs.glob("[0-9][0-9]_*.ipynb"))
+    pages = sorted((nbs / "engine").rglob("*.ipynb"))
+    for path in chapters:
+        executed = EXECUTED / path.name
+        write_notebook(executed if executed.exists() else path, SOURCE / path.name, folded=False)
+    for path in pages:
+        write_notebook(path, SOURCE / path.relative_to(nbs), folded=True)
+    shutil.copytree(nbs / "drawings", SOURCE / "drawings", dirs_exist_ok=True)
+    return chapters, pages
+
+
+def parameter_table(function) -> str:
+    """Name, type, default and meaning of each parameter, from the docments."""
+    rows = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
+    for name, part in docments(function, full=True).items():
+        kind = "" if part.anno is inspect.Parameter.empty else inspect.formatannotation(part.anno)
+        default = "" if part.default is inspect.Parameter.empty else repr(part.default)
+        default = default if len(default) < 40 else "…"
+        if name == "self" or (name == "return" and not kind):
+            continue
+        cells = (f"`{text}`" if text else "" for text in (name, kind.replace("|", "¦"), default))
+        rows.append(f"| {' | '.join(cells)} | {(part.docment or '').replace('|', '¦')} |")
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def api_entry(name: str) -> str:
+    """One public name: signature, docstring, parameters; of a class its methods, too."""
+    thing = getattr(ssah_nb, name)
+    if not callable(thing):
+        kinds = f"{type(thing).__name__} of {len(thing)}"
+        return f"### {name}\n\n{kinds}: {', '.join(f'`{key}`' for key in list(thing)[:40])}\n"
+    where = thing.__module__
+    words = inspect.getdoc(thing) or ""
+    text = f"### {name}\n\n{words}\n\nFrom `{where}`.\n\n"
+    if not inspect.isclass(thing):
+        return text + parameter_table(thing) + "\n"
+    text += parameter_table(thing.__init__) + "\n\n"
+    for method, function in vars(thing).items():
+        if method.startswith("_") or isinstance(function, type):
+            continue
+        documented = function.fget if isinstance(function, property) else function
+        documented = getattr(documented, "__func__", documented)
+        if words := inspect.getdoc(documented if callable(documented) else function):
+            text += f"- `.{method}`: {words.splitlines()[0]}\n"
+    return text + "\n"
+
+
+def write_api() -> None:
+    """The API page: every public name of `ssah_nb`, by the module that defines it."""
+    public = [
+        name
+        for name, thing in vars(ssah_nb).items()
+        if not name.startswith("_") and not inspect.ismodule(thing)
+    ]
+    where = {name: getattr(getattr(ssah_nb, name), "__module__", "constants") for name in public}
+    groups: dict[str, list[str]] = {}
+    for name in sorted(public):
+        groups.setdefault(where[name].removeprefix("ssah_nb."), []).append(name)
+    text = "# API\n\nEvery name of `import ssah_nb`, by the module that defines it.\n"
+    for module, names in sorted(groups.items()):
+        text += f"\n## {module}\n\n" + "\n".join(api_entry(name) for name in names)
+    (SOURCE / "api.md").write_text(text)
+
+
+def readable_csv(path: Path) -> pd.DataFrame:
+    """A tidy table for reading: an interval behind its value, rates in percent."""
+    table = pd.read_csv(path)
+    ends = ("_low", "_high", "_n")
+    shown = [column for column in table if not (column.endswith(ends) and column[:-3])]
+    rates = ("attack", "refus", "coherent", "share", "accuracy", "frozen_", "trained_par", "lost")
+    names = {
+        column: column.replace("_", " ") + (" (%)" if column.startswith(rates) else "")
+        for column in shown
+    }
+    return readable(table, names).reset_index()
+
+
+def write_results() -> None:
+    """Every result table of figures/, with the run that it is of."""
+    text = "# All results\n\nEvery table of the committed runs. Rates carry 95 % intervals.\n"
+    for profile in ("embedded", "extended"):
+        folder = ROOT / "figures" / profile
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        chapters = manifest["chapters"].values()
+        processors = sorted({chapter["versions"].get("cpu", "") for chapter in chapters})
+        text += f"\n## Profile {profile}\n\n{manifest['minutes']} minutes of chapters, on "
+        text += f"{' and '.join(processors)}.\n"
+        for path in sorted(folder.glob("*.csv")):
+            if len(table := pd.read_csv(path)) > 60:
+                text += f"\n### {path.stem}\n\n{len(table)} rows: see the CSV file.\n"
+                continue
+            html = readable_csv(path).to_html(index=False, border=0)
+            text += f"\n### {path.stem}\n\n<div class='table-wrapper'>\n{html}\n</div>\n"
+    (SOURCE / "results.md").write_text(text)
+
+
+def write_index(chapters: list[Path], pages: list[Path]) -> None:
+    """The first page: the README, and the tables of contents."""
+    readme = (ROOT / "README.md").read_text()
+    readme = readme.replace("](nbs/", "](").replace("](figures/", "](figures/")
+    figures = SOURCE / "figures"
+    for path in (ROOT / "figures").glob("*/*.png"):
+        target = figures / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    lists = {
+        "Chapters": [path.stem for path in chapters],
+        "Engine": [str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in pages],
+        "Reference": ["api", "results", "tried"],
+    }
+    for caption, names in lists.items():
+        listed = "\n".join(names)
+        readme += f"\n```{{toctree}}\n:caption: {caption}\n:hidden:\n\n{listed}\n```\n"
+    (SOURCE / "index.md").write_text(readme)
+
+
+def main() -> None:
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    SOURCE.mkdir(parents=True)
+    for name in ("conf.py", "_static", "tried.md"):
+        source = ROOT / "docs" / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, SOURCE / name)
+    write_index(*write_notebooks())
+    write_api()
+    write_results()
+
+
+if __name__ == "__main__":
+    main()
