@@ -5,9 +5,10 @@ outputs that are stored in nbs/. Engine pages have their code folded. The API pa
 signatures and docments, the page of results from the tables in figures/.
 """
 
-import importlib
+import dataclasses
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,16 +22,6 @@ from ssah_nb.engine.figures import readable
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "docs/_build/source"
 EXECUTED = ROOT / "runs/embedded/notebooks"
-
-MODULES = {
-    "Attribution": "attribution",
-    "Classes and pruning": "classes",
-    "Units": "units",
-    "Freezing": "freezing",
-    "Alignment budget": "budget",
-    "Probe": "probe",
-    "Transfer": "transfer",
-}
 
 
 def hide(cell: dict, tag: str) -> None:
@@ -105,7 +96,9 @@ def api_entry(name: str) -> str:
     text = f"### {name}\n\n{words}\n\nFrom `{where}`.\n\n"
     if not inspect.isclass(thing):
         return text + parameter_table(thing) + "\n"
-    text += parameter_table(thing.__init__) + "\n\n"
+    described = thing if dataclasses.is_dataclass(thing) else thing.__init__
+    if "__init__" in vars(thing):
+        text += parameter_table(described) + "\n\n"
     for method, function in vars(thing).items():
         if method.startswith("_") or isinstance(function, type):
             continue
@@ -165,15 +158,24 @@ def write_results() -> None:
     (SOURCE / "results.md").write_text(text)
 
 
+def keep_link(match: re.Match) -> str:
+    """A link of the README as the site has it: pages stay, files come along, folders are words."""
+    words, target = match.groups()
+    target = target.removeprefix("nbs/")
+    if "://" in target or target.startswith("#") or target.endswith(".ipynb"):
+        return f"[{words}]({target})"
+    if not (ROOT / target).is_file():
+        return words
+    kept = SOURCE / target
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / target, kept)
+    return f"[{words}]({target})"
+
+
 def write_index(chapters: list[Path], pages: list[Path]) -> None:
     """The first page: the README, and the tables of contents."""
     readme = (ROOT / "README.md").read_text()
-    readme = readme.replace("](nbs/", "](").replace("](figures/", "](figures/")
-    figures = SOURCE / "figures"
-    for path in (ROOT / "figures").glob("*/*.png"):
-        target = figures / path.parent.name / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+    readme = re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", keep_link, readme)
     lists = {
         "Chapters": [path.stem for path in chapters],
         "Engine": [str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in pages],

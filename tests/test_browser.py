@@ -1,0 +1,142 @@
+"""The site and the chapters in a real browser: `make test-browser` (needs Debian's chromium)."""
+
+import contextlib
+import functools
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SITE = ROOT / "docs/_build/html"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def site():
+    if not (SITE / "index.html").exists():
+        pytest.skip("the site is not built: make docs")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    serve = functools.partial(Quiet, directory=str(SITE))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def site_pages() -> list[str]:
+    return sorted(
+        str(path.relative_to(SITE)) for path in SITE.rglob("*.html") if "_static" not in path.parts
+    )
+
+
+@pytest.mark.parametrize("name", site_pages())
+def test_page_of_the_site(browser, site, name):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    wrong = []
+    page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("response", lambda answer: answer.status >= 400 and wrong.append(answer.url))
+    page.goto(f"{site}/{name}", wait_until="networkidle")
+    pictures = page.eval_on_selector_all(
+        "img", "all => all.filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)"
+    )
+    width = page.evaluate("document.documentElement.scrollWidth")
+    formulas = page.eval_on_selector_all("mjx-merror", "all => all.length")
+    page.close()
+    assert not wrong and not pictures and width <= 1280 and formulas == 0, (wrong, pictures, width)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab over a copy of the notebooks, whose parameters are the smoke profile's."""
+    sys.path.insert(0, str(ROOT / "workflow"))
+    from run_chapter import profile_parameters
+
+    folder, port = tmp_path_factory.mktemp("lab"), free_port()
+    shutil.copytree(ROOT / "nbs", folder / "nbs")
+    shutil.copy(ROOT / "settings.ini", folder)
+    with contextlib.chdir(ROOT):
+        parameters = json.dumps(profile_parameters("smoke"))
+    environment = os.environ | {"SSAH_PARAMETERS": parameters, "SSAH_MIXED": "false"}
+    options = ["--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token="]
+    command = [sys.executable, "-m", "jupyter", "lab", *options, f"--ServerApp.root_dir={folder}"]
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).read()
+            break
+        time.sleep(0.5)
+    yield folder, f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(30)
+
+
+def run_all_cells(browser, url: str) -> None:
+    """Open a notebook, run all its cells from the menu, wait for the kernel, and save it."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto(url)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
+    idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+    page.wait_for_selector(idle, timeout=90_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.wait_for_timeout(2_000)
+    page.wait_for_selector(idle, timeout=600_000)
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(2_000)
+    assert page.locator(".jp-Dialog").count() == 0
+    page.close()
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_runs_in_jupyterlab(browser, lab, chapter):
+    folder, address = lab
+    path = folder / "nbs" / f"{chapter}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:  # what is found afterwards was made here
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, path)
+    run_all_cells(browser, f"{address}/lab/workspaces/{chapter}/tree/nbs/{path.name}")
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    errors = [output.evalue for c in cells for output in c.outputs if output.output_type == "error"]
+    assert not errors
+    assert all(c.execution_count for c in cells if c.source.strip())
