@@ -128,13 +128,19 @@ def classify(
 # %% ../nbs/04_classes.ipynb #04-classes-010
 def load_units(
     run: Run,  # the run
-    model: PreTrainedModel,  # for a notebook opened alone with the smoke profile
+    model: PreTrainedModel,  # the aligned model; scored when the run holds no units yet
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
 ) -> UnitMap:
-    "The aligned model's units, as chapter 6 saved them in this run. Raises `SsahError` when it has not run."
+    "The aligned model's units: those of the run, else (alone) made from its importances."
     folder = run.path("units", "aligned")
-    if run.profile == "smoke" and not folder.exists():
-        return classify(*load_scores(run, model, tokenizer), scu=0.05)
+    if not folder.exists():
+        if run.profile not in ("alone", "smoke"):
+            raise SsahError(
+                f"no units in {folder}; run chapter 04_classes, "
+                f"or `make reproduce PROFILE={run.profile}`"
+            )
+        scores = load_scores(run, model, tokenizer)
+        classify(*scores, scu=0.01 if run.profile == "alone" else 0.05).save_pretrained(folder)
     return UnitMap.from_pretrained(folder)
 
 # %% ../nbs/04_classes.ipynb #04-classes-012
