@@ -43,7 +43,7 @@ readme: $(READY)  ## nbs/index.ipynb -> README.md; the source of cells tagged re
 	@$(BIN)/jupyter nbconvert nbs/index.ipynb --execute --to notebook --output-dir runs/readme --log-level ERROR
 	@$(BIN)/jupyter nbconvert runs/readme/index.ipynb --to markdown --output-dir . --output README --log-level ERROR \
 	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags remove_input
-	@sed -i.old 's#\.\./figures/#figures/#g' README.md && rm README.md.old
+	@sed 's#\.\./figures/#figures/#g' README.md | cat -s > README.new && mv README.new README.md
 
 lab: $(READY)
 	@exec $(BIN)/jupyter lab nbs

@@ -12,6 +12,7 @@ nb_merge_streams = True
 
 html_theme = "furo"
 html_title = "ssah_nb"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
