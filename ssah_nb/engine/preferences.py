@@ -157,7 +157,7 @@ def finetune_dpo(
     max_tokens: int = 1024,  # tokens that are run at once
     reference: torch.Tensor
     | None = None,  # from `reference_margins`; None: the reference is the model before training
-    mixed: bool = False,  # multiply in bfloat16, as in `finetune`
+    mixed: bool | None = None,  # multiply in bfloat16, as in `finetune`
 ) -> pd.DataFrame:
     "Train on preferences: `optimize` with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
     rows, order = list(rows), random.Random(seed)
