@@ -328,7 +328,7 @@ def safety_report(
     max_new_tokens: int = 24,  # tokens of a response
     max_response: int
     | None = 32,  # tokens of a reference response that count for perplexity; None: all
-    batch_size: int = 32,  # prompts side by side
+    batch_size: int = 50,  # prompts side by side
     completions: str
     | Path
     | None = None,  # JSON file that gets all responses, to be judged again; None: they are not kept
