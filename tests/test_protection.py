@@ -1,4 +1,4 @@
-"""The ways to keep a model safe under benign fine-tuning, side by side (chapter 08)."""
+"""The ways to keep a model safe under benign fine-tuning, side by side."""
 
 import copy
 import importlib.util
@@ -6,10 +6,11 @@ import importlib.util
 import pytest
 import torch
 
-from ssah_nb import WAYS, SsahError, classify, finetune_protected, importance
-from ssah_nb.freezing import frozen_rows_and_columns, frozen_units
+from ssah_nb.attribution import importance
+from ssah_nb.classes import classify
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
-from ssah_nb.engine.run import side_by_side
+from ssah_nb.engine.run import SsahError, side_by_side
+from ssah_nb.freezing import WAYS, finetune_protected, frozen_rows_and_columns, frozen_units
 
 PAIRS = [
     {"prompt": f"Say {word}", "response": word} for word in ("yes", "no", "maybe", "often")
@@ -34,47 +35,38 @@ def test_each_way_gives_an_ordinary_model(scored, way):
         pytest.skip("peft is not installed")
     tokenizer, units, safety, utility = scored
     before = tiny_model()
+    unaligned = tiny_model(seed=1)
+    training = dict(unaligned=unaligned, lr=1e-2, batch_size=2)
     model, done = finetune_protected(
-        way,
-        tiny_model(),
-        tokenizer,
-        PAIRS,
-        units,
-        safety,
-        utility,
-        tiny_model(seed=1),
-        lr=1e-2,
-        batch_size=2,
+        way, tiny_model(), tokenizer, PAIRS, units, safety, utility, **training
     )
     mask = frozen_units(way, units, safety, utility)
-    assert (
-        list(model.state_dict()) == list(before.state_dict())
-        and done["epochs"] == 1
-        and done["reached"]
-        and done["frozen"] == len(mask)
-    )
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), before.state_dict().values())
-    )
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert done["epochs"] == 1
+    assert done["reached"]
+    assert done["frozen"] == len(mask)
+    weights = zip(model.state_dict().values(), before.state_dict().values())
+    assert any(not torch.equal(a, b) for a, b in weights)
     for name, (rows, dim) in frozen_rows_and_columns(before, mask).items():
         a, b = (m.get_submodule(name).weight.movedim(dim, 0)[rows] for m in (model, before))
         assert torch.equal(a, b), name
 
 
 def test_ways_side_by_side_give_the_same_models_as_one_after_the_other(scored):
-    base, ways = (
-        tiny_model(),
-        [
-            "scu_all_cu",
-            "random",
-            "ema",
-            *(["lora"] * 2 if importlib.util.find_spec("peft") else []),
-        ],
-    )
-    work = lambda way: finetune_protected(
-        way, copy.deepcopy(base), scored[0], PAIRS, *scored[1:], lr=1e-2, batch_size=2
-    )[0].state_dict()
+    base = tiny_model()
+    ways = [
+        "scu_all_cu",
+        "random",
+        "ema",
+        *(["lora"] * 2 if importlib.util.find_spec("peft") else []),
+    ]
+
+    def work(way):
+        model = copy.deepcopy(base)
+        training = dict(lr=1e-2, batch_size=2)
+        model, _ = finetune_protected(way, model, scored[0], PAIRS, *scored[1:], **training)
+        return model.state_dict()
+
     together, threads = side_by_side(work, ways, torch.device("cpu")), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
     try:
@@ -112,41 +104,28 @@ def test_optimizer_memory_is_what_is_trained(scored):
 
 
 def test_training_goes_on_until_the_loss_is_reached_or_says_that_it_never_was(scored):
-    train = lambda target, **options: finetune_protected(
-        "scu_all_cu",
-        tiny_model(),
-        scored[0],
-        PAIRS,
-        *scored[1:],
-        target=target,
-        lr=1e-2,
-        batch_size=2,
-        **options,
-    )
+    def train(target, **options):
+        options |= dict(target=target, lr=1e-2, batch_size=2)
+        return finetune_protected(
+            "scu_all_cu", tiny_model(), scored[0], PAIRS, *scored[1:], **options
+        )
+
     (once, one), (_, never) = train(None), train(1.0)
-    assert (
-        never["epochs"] == 2
-        and never["reached"] is False
-        and never["training_perplexity"] < one["training_perplexity"]
-    )
+    assert never["epochs"] == 2
+    assert never["reached"] is False
+    assert never["training_perplexity"] < one["training_perplexity"]
     after = [train(1.0, max_epochs=1 + i / 8)[1]["training_perplexity"] for i in range(4)]
     assert after[0] == one["training_perplexity"] and sorted(after, reverse=True) == after
     for share in (0.1, 0.9):  # of the two models around the target, the nearer one
         _, done = train(after[1] ** (1 - share) * after[2] ** share)
-        assert (
-            done["reached"]
-            and done["training_perplexity"] == after[1 if share < 0.5 else 2]
-            and done["epochs"] == (1.125 if share < 0.5 else 1.25)
-        )
+        assert done["reached"]
+        assert done["training_perplexity"] == after[1 if share < 0.5 else 2]
+        assert done["epochs"] == (1.125 if share < 0.5 else 1.25)
     model, done = train(0.9999 * one["training_perplexity"])
-    assert (
-        done["reached"]
-        and done["epochs"] == 1
-        and all(
-            torch.equal(a, b)
-            for a, b in zip(model.state_dict().values(), once.state_dict().values())
-        )
-    )
+    assert done["reached"]
+    assert done["epochs"] == 1
+    weights = zip(model.state_dict().values(), once.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in weights)
 
 
 def test_controls_have_our_size(scored):
@@ -155,13 +134,8 @@ def test_controls_have_our_size(scored):
     ours = masks["scu_all_cu"]
     assert masks["random"].mlp.sum() == ours.mlp.sum() and masks["random"] != ours
     assert torch.equal(masks["random_per_layer"].mlp.sum(1), ours.mlp.sum(1))
-    assert (
-        abs(
-            units.share(masks["sn_tune_our_size"])["unit_parameters"]
-            - units.share(ours)["unit_parameters"]
-        )
-        < 0.12
-    )  # a head of the tiny model is 4 %
+    sizes = [units.share(mask)["unit_parameters"] for mask in (masks["sn_tune_our_size"], ours)]
+    assert abs(sizes[0] - sizes[1]) < 0.12  # a head of the tiny model is 4 %
     assert masks["safety_layers"].mlp.all(1).sum() == masks["safety_layers"].mlp.any(1).sum() == 1
 
 

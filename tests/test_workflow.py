@@ -12,17 +12,12 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = [
-    "00_setup",
-    "01_models",
-]  # two chapters are enough: the target of the throwaway runs is the second
+# two chapters are enough: the target of the throwaway runs is the second
+NAMES = ["00_setup", "01_models"]
 TARGET = "runs/smoke/notebooks/01_models.ipynb"
 PARAMETERS = "workflow/profiles/smoke/parameters.yaml"
-for name in (
-    "MAKEFLAGS",
-    "MFLAGS",
-    "MAKELEVEL",
-):  # under `make test`, too, a command is what a user types
+# under `make test`, too, a command is what a user types
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)
 
 
@@ -149,6 +144,7 @@ def test_stopped_run_goes_on_where_it_was(project, stop):
         "common: {profile: smoke, seed: 0}\n01_models: {seconds: 600}\n"
     )
     with open(project / "output.txt", "w") as output:
+        # a shell's background jobs ignore Ctrl-C
         running = subprocess.Popen(
             command(TARGET),
             cwd=project,
@@ -156,7 +152,7 @@ def test_stopped_run_goes_on_where_it_was(project, stop):
             stderr=output,
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # a shell's background jobs ignore Ctrl-C
+        )
     deadline = time.monotonic() + 120
     while not (order.exists() and "01_models" in order.read_text()):
         assert running.poll() is None and time.monotonic() < deadline, (
@@ -173,11 +169,8 @@ def test_stopped_run_goes_on_where_it_was(project, stop):
 
     result = run(command(TARGET), project)
     assert result.returncode == 0, result.stdout
-    assert order.read_text().split() == [
-        "00_setup",
-        "01_models",
-        "01_models",
-    ]  # the finished chapter was not redone
+    # the finished chapter was not redone
+    assert order.read_text().split() == ["00_setup", "01_models", "01_models"]
     assert (project / "runs/01_models.csv").read_text() == "seed\n0\n"
     assert sorted(path.name for path in (project / TARGET).parent.iterdir()) == [
         "00_setup.ipynb",
@@ -231,15 +224,8 @@ def test_compare_runs_names_what_differs(tmp_path):
         )
     printed = run(script, tmp_path).stdout
     words = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
-    assert words["rates"] == [
-        "2",
-        "8",
-        "1",
-        "0.33",
-        "rate",
-        "2",
-        "1",
-    ]  # rows, numbers, differ, largest, in, intervals, outside
+    # rows, numbers, differ, largest, in, intervals, outside
+    assert words["rates"] == ["2", "8", "1", "0.33", "rate", "2", "1"]
     assert (
         "1 of 1 verdicts differ" in printed
         and "B: pruning it (0.5): holds (0.5: 0.4 to 0.9), then open (0.75" in printed

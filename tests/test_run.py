@@ -1,15 +1,13 @@
-import errno
+"""Seeds, devices, files, parameters and the manifest."""
+
 import json
-import os
 import threading
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
-from ssah_nb import setup
-from ssah_nb.engine.figures import figure_bytes
+from ssah_nb.engine import run as setup
 from ssah_nb.engine.run import (
     Run,
     SsahError,
@@ -31,38 +29,6 @@ def run(tmp_path, monkeypatch):
     return Run("test", "05_attribution", seed=3, lr=0.1)
 
 
-def drawn():
-    fig, ax = plt.subplots()
-    ax.plot([0, 1], [1, 3], label="a line")
-    ax.legend()
-    plt.close(fig)
-    return fig
-
-
-def test_figure_is_three_files_with_the_same_bytes_each_time(run):
-    table = pd.DataFrame({"x": [1, 2], "y": [1 / 3, 2 / 3]})
-    run.save_figure(drawn(), "fig", table)
-    first = {p.name: p.read_bytes() for p in run.figures.iterdir()}
-    run.save_figure(drawn(), "fig", table)
-    assert set(first) == {"fig.csv", "fig.png", "fig.svg"}
-    assert first == {p.name: p.read_bytes() for p in run.figures.iterdir()}
-    assert run.read_table("fig").y[0] == 0.333333
-
-
-def test_full_disk_leaves_no_half_figure(run, monkeypatch):
-    run.save_figure(drawn(), "fig", pd.DataFrame({"x": [1]}))
-    before = {p.name: p.read_bytes() for p in run.figures.iterdir()}
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(setup.os, "fsync", full)
-    with pytest.raises(SsahError, match="No space left.*nothing was changed") as error:
-        run.save_figure(drawn(), "fig", pd.DataFrame({"x": [2]}))
-    assert "\n" not in str(error.value)
-    assert before == {p.name: p.read_bytes() for p in run.figures.iterdir()}
-
-
 def test_missing_table_names_the_command(run):
     with pytest.raises(SsahError, match="make reproduce PROFILE=test"):
         run.read_table("table01_pruning")
@@ -72,13 +38,10 @@ def test_manifest_has_hashes_parameters_and_device(run):
     run.save_table("table", pd.DataFrame({"a": [0.5], "b": ["text"]}))
     run.finish(torch.nn.Linear(1, 1), {"one way": 1.25})
     part = json.loads(run.path("manifest", "05_attribution.json").read_text())
-    assert set(part["files"]) == {"table.csv", "table.png", "table.svg"} and part["parameters"] == {
-        "seed": 3,
-        "lr": 0.1,
-    }
-    assert {"minutes", "device", "dtype", "versions", "threads"} <= set(part) and part[
-        "seconds"
-    ] == {"one way": 1.2}
+    assert set(part["files"]) == {"table.csv", "table.png", "table.svg"}
+    assert part["parameters"] == {"seed": 3, "lr": 0.1}
+    assert {"minutes", "device", "dtype", "versions", "threads"} <= set(part)
+    assert part["seconds"] == {"one way": 1.2}
 
 
 def test_write_atomic_replaces_or_keeps(tmp_path):
@@ -102,14 +65,10 @@ def test_device_and_dtype_errors_name_the_choices():
 def test_auto_is_mixed_where_the_cpu_is_faster(monkeypatch, speed, mixed):
     assert 0 < setup.bfloat16_speed() < 1000
     monkeypatch.setattr(setup, "bfloat16_speed", lambda: speed)
-    assert (
-        pick_mixed("auto", torch.device("cpu")) is mixed
-        and pick_mixed("auto", torch.device("cuda")) is False
-    )
-    assert (
-        pick_mixed(True, torch.device("cpu")) is True
-        and pick_mixed(False, torch.device("cpu")) is False
-    )
+    assert pick_mixed("auto", torch.device("cpu")) is mixed
+    assert pick_mixed("auto", torch.device("cuda")) is False
+    assert pick_mixed(True, torch.device("cpu")) is True
+    assert pick_mixed(False, torch.device("cpu")) is False
 
 
 def test_seed_repeats():
@@ -140,10 +99,11 @@ def test_side_by_side_keeps_the_order_shares_the_cores_and_raises():
     assert side_by_side(work, range(4), cpu) == [
         (x, threads // 2 if threads >= 2 else threads) for x in range(4)
     ]
+    # elsewhere one after the other
     assert (
         side_by_side(lambda x: torch.get_num_threads(), range(2), torch.device("meta"))
         == [threads] * 2
-    )  # elsewhere one after the other
+    )
     with pytest.raises(SsahError, match="item 1"):
         side_by_side(
             lambda x: (_ for _ in ()).throw(SsahError(f"item {x}")) if x else x, range(3), cpu

@@ -1,0 +1,139 @@
+"""More data, several sets, several processes, files."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from helpers import one_line, two_processes
+from helpers_calibration import KINDS, PAIRS, TOKENIZER, close
+
+from ssah_nb.attribution import METHODS, Importance, importance, load_calibration
+from ssah_nb.engine.models import tiny_model
+from ssah_nb.engine.run import Run, SsahError
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_data_sets_add_up(method, tmp_path):
+    model = tiny_model("qwen2")
+    whole, first, second = (
+        importance(model, TOKENIZER, p, method=method) for p in (PAIRS, PAIRS[:3], PAIRS[3:])
+    )
+    close(first + second, whole, 1e-6)
+    # later, from a file
+    close(Importance.load(second.save(tmp_path / "second")) + first, whole, 1e-6)
+    if method != "magnitude":
+        assert not torch.allclose(first.mlp, whole.mlp, rtol=1e-2)
+
+
+def test_only_like_adds_to_like():
+    model = tiny_model()
+    base = importance(model, TOKENIZER, PAIRS)
+    for other, what in (
+        (importance(model, TOKENIZER, PAIRS, method="wanda_sp"), "method"),
+        (importance(model, TOKENIZER, PAIRS, tokens="all"), "tokens"),
+        (importance(tiny_model(seed=1), TOKENIZER, PAIRS), "weights"),
+        (importance(tiny_model("mistral"), TOKENIZER, PAIRS), "model"),
+    ):
+        with pytest.raises(
+            SsahError, match=f"the two importances differ in {what}; score both sets on one model"
+        ) as error:
+            base + other
+        assert "\n" not in str(error.value)
+    # the same weights again: the same model
+    close(base + importance(tiny_model(), TOKENIZER, PAIRS), base, 1e-6)
+
+
+def test_several_sets_in_one_call():
+    model, sets = tiny_model(), {"safety": PAIRS[:4], "utility": PAIRS[4:]}
+    both = importance(model, TOKENIZER, sets)
+    assert list(both) == ["safety", "utility"]
+    for name, pairs in sets.items():
+        close(both[name], importance(model, TOKENIZER, pairs), 0)
+    hub = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(pairs) for name, pairs in sets.items()}
+    )
+    for name, scored in importance(model, TOKENIZER, hub).items():
+        close(scored, both[name], 0)
+    close(importance(model, TOKENIZER, hub["utility"]), both["utility"], 0)  # a datasets.Dataset
+    close(importance(model, TOKENIZER, (p for p in PAIRS[4:])), both["utility"], 0)
+
+
+WORKER = """
+import json, sys, accelerate, torch
+from ssah_nb.attribution import importance
+from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+
+state = accelerate.Accelerator(cpu=True)
+assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
+folder, cases = json.loads(sys.argv[1])
+for i, case in enumerate(cases):
+    scored = importance(tiny_model(), tiny_tokenizer(), **case)
+    scored.save(f"{folder}/{state.process_index}/{i}")
+state.end_training()
+"""
+CASES = [
+    dict(pairs=PAIRS, max_tokens=1),
+    dict(pairs=PAIRS[:11], max_tokens=1, tokens="all"),
+    dict(pairs=PAIRS, max_tokens=10_000),  # 12, 11 and 1 batches
+    dict(pairs=PAIRS[:3], max_tokens=1, method="gradient"),
+    dict(pairs=PAIRS, method="magnitude"),
+]
+
+
+def test_two_processes_equal_one(tmp_path):
+    two_processes(WORKER, json.dumps([str(tmp_path), CASES]))
+    for i, case in enumerate(CASES):
+        alone = importance(tiny_model(), TOKENIZER, **case)
+        zero, one = (Importance.load(tmp_path / r / str(i)) for r in "01")
+        close(zero, alone, 1e-6)
+        close(zero, one, 0)
+        assert [m.count for m in zero.moments["mlp"]] == [m.count for m in alone.moments["mlp"]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_save_and_load(method, tmp_path):
+    scored = importance(tiny_model("gemma3_text"), TOKENIZER, PAIRS, method=method)
+    assert sorted(p.name for p in scored.save(tmp_path / "a" / "b").iterdir()) == [
+        "importance.json",
+        "importance.safetensors",
+    ]
+    again = Importance.load(tmp_path / "a" / "b")
+    close(again, scored, 0)
+    assert again.info == scored.info and again.info["method"] == method
+    for kind in KINDS:
+        assert torch.equal(again.weights[kind], scored.weights[kind])
+        assert len(again.moments[kind]) == len(scored.moments[kind])
+        for a, b in zip(again.moments[kind], scored.moments[kind]):
+            assert a.count == b.count and torch.equal(a.mean, b.mean) and torch.equal(a.m2, b.m2)
+    with pytest.raises(SsahError, match="no importance in .*none; write one"):
+        Importance.load(tmp_path / "none")
+
+
+def test_each_set_has_its_own_length():
+    model, sets = tiny_model(), {"short": PAIRS[:2], "long": PAIRS[2:]}
+    both = importance(model, TOKENIZER, sets, max_response={"short": 2, "long": None, "another": 3})
+    for name, kept in (("short", 2), ("long", None)):
+        assert torch.equal(
+            both[name].mlp, importance(model, TOKENIZER, sets[name], max_response=kept).mlp
+        )
+    assert not torch.equal(both["short"].mlp, importance(model, TOKENIZER, sets["short"]).mlp)
+    with pytest.raises(SsahError, match="max_response names no number for long"):
+        importance(model, TOKENIZER, sets, max_response={"short": 2})
+    with pytest.raises(SsahError, match="pass `pairs` by name"):
+        importance(model, TOKENIZER, PAIRS, max_response={"short": 2})
+
+
+def test_calibration_is_what_chapter_3_wrote(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run("mine", "05_transfer")
+    sets = {"safety": PAIRS[:2], "utility": PAIRS[2:]}
+    options = {"tokens": "all", "method": "flap", "max_response": {"safety": 4, "utility": 8}}
+    with pytest.raises(SsahError, match="no calibration pairs in .*calibration.json; ") as error:
+        load_calibration(run)
+    assert "run chapter 03_attribution, or `make reproduce PROFILE=mine`" in one_line(error)
+    run.path("calibration.json").write_text(json.dumps({"sets": sets, "options": options}))
+    assert load_calibration(run) == (sets, options)
+    made_up, _ = load_calibration(Run("smoke", "05_transfer"))
+    assert list(made_up) == ["safety", "utility"]
+    assert importance(tiny_model(), TOKENIZER, made_up)["safety"].mlp.shape == (2, 32)

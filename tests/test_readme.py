@@ -1,0 +1,36 @@
+"""The README says what is true: its library block runs as printed, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#\s]+)\)", README)
+    inside = [link for link in links if "://" not in link]
+    assert len(inside) > 10
+    assert [link for link in inside if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_library_block_of_the_readme_runs_as_printed(tmp_path, monkeypatch, capsys):
+    block = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    code = [line for line in block.splitlines() if line.strip()]
+    assert 10 <= len(code) <= 20
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(block, "README", "exec"), names)
+    ssah, units = names["ssah"], names["units"]
+    assert "Estimate(value=" in capsys.readouterr().out  # attack success without the SCU
+    again = ssah.UnitMap.from_pretrained("runs/my-units")
+    assert again.scu == units.scu and len(units.scu) > 0
+    assert 2 <= len(names["refusals"]) <= len(names["harmful"])
