@@ -7,15 +7,17 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from ssah_nb.engine import run as setup
+from ssah_nb.engine import run as run_module
+from ssah_nb.engine.figures import COLOURS, HATCHES, readable
 from ssah_nb.engine.run import Run, SsahError
+from ssah_nb.units import CLASSES
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.ini").touch()
-    return Run("test", "05_attribution", seed=3, lr=0.1)
+    return Run("test", "03_attribution", seed=3, lr=0.1)
 
 
 def drawn():
@@ -43,8 +45,57 @@ def test_full_disk_leaves_no_half_figure(run, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(setup.os, "fsync", full)
+    monkeypatch.setattr(run_module.os, "fsync", full)
     with pytest.raises(SsahError, match="No space left.*nothing was changed") as error:
         run.save_figure(drawn(), "fig", pd.DataFrame({"x": [2]}))
     assert "\n" not in str(error.value)
     assert before == {p.name: p.read_bytes() for p in run.figures.iterdir()}
+
+
+RATES = pd.DataFrame(
+    {
+        "model": ["dense", "without SCU", "control"],
+        "attack": [0.02, 0.98, float("nan")],
+        "attack_low": [0.001, 0.93, float("nan")],
+        "attack_high": [0.07, 0.99, float("nan")],
+        "perplexity": [10.1234, 1234.5, 12.0],
+        "units": [0, 1728, 12],
+        "steady": [True, False, True],
+    }
+)
+NAMES = {
+    "model": "model",
+    "attack": "attack success (%)",
+    "perplexity": "perplexity",
+    "units": "units",
+    "steady": "steady",
+}
+
+
+def test_a_table_for_reading_has_units_intervals_and_no_noise():
+    shown = readable(RATES, NAMES)
+    assert shown.index.name == "model" and list(shown.index) == list(RATES.model)
+    assert list(shown.columns) == list(NAMES.values())[1:]
+    assert list(shown["attack success (%)"]) == ["2.0 (0.1 to 7.0)", "98 (93 to 99)", "–"]
+    assert list(shown["perplexity"]) == ["10.12", "1,234.50", "12.00"]
+    assert list(shown["units"]) == ["0", "1,728", "12"]
+    assert list(shown["steady"]) == ["True", "False", "True"]
+
+
+def test_readable_leaves_out_what_is_not_asked_for_and_keeps_the_order():
+    shown = readable(RATES, {"units": "units", "model": "name"})
+    assert shown.index.name == "units" and list(shown.columns) == ["name"]
+    with pytest.raises(KeyError):
+        readable(RATES, {"model": "model", "nothing": "nothing"})
+
+
+def test_a_saved_table_is_tidy_in_its_file_and_readable_where_it_is_shown(run):
+    shown = run.save_table("rates", RATES, NAMES)
+    assert shown.equals(readable(RATES, NAMES))
+    pd.testing.assert_frame_equal(run.read_table("rates"), RATES, rtol=1e-5)
+    assert {path.name for path in run.written} == {"rates.csv", "rates.png", "rates.svg"}
+
+
+def test_classes_can_be_told_apart_without_colour():
+    assert COLOURS.keys() == HATCHES.keys() == set(CLASSES)
+    assert len(set(COLOURS.values())) == len(set(HATCHES.values())) == len(CLASSES)

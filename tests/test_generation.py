@@ -3,10 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
+from helpers import one_line
+from transformers import GenerationConfig
 
 from ssah_nb.engine.batches import encode_prompts
 from ssah_nb.engine.generation import evaluating, generate, greedy_tokens, stop_ids
-from ssah_nb.engine.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from ssah_nb.engine.models import ARCHITECTURES, is_mixed, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 
 PROMPTS = [
@@ -46,31 +48,71 @@ def test_generation_equals_transformers(name, config, system):
     assert len({tuple(e) for e in expected}) > 1  # the model does not say the same to everyone
 
 
-def test_ended_rows_are_dropped(monkeypatch):
+def test_each_row_ends_at_its_own_stop_token():
     model, encoded = tiny_model(), encode_prompts(tiny_tokenizer(), PROMPTS)
     free = greedy_tokens(model, encoded, [], 12)
+    assert all(len(tokens) == 12 for tokens in free)
     stop = [free[0][3], free[1][5], free[3][7]]  # ends the rows at different steps
     cut = [tokens[: next((i for i, t in enumerate(tokens) if t in stop), 12)] for tokens in free]
-    sizes, forward = [], model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda ids, **kw: (sizes.append(ids.shape[0]), forward(ids, **kw))[1]
-    )
     assert greedy_tokens(model, encoded, stop, 12) == cut
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] < len(encoded)
-    assert len(sizes) <= max(map(len, cut))
+    assert len(set(map(len, cut))) > 2
+
+
+def test_batches_hold_prompts_of_like_length(monkeypatch):
+    model, encoded, seen = tiny_model(), [[5] * n for n in (3, 40, 4, 39, 5, 38)], []
+    own = model.generate
+
+    def spy(ids, **options):
+        seen.append(tuple(ids.shape))
+        return own(ids, **options)
+
+    monkeypatch.setattr(model, "generate", spy)
+    assert len(greedy_tokens(model, encoded, [256], 2, batch_size=3)) == 6
+    assert sorted(seen) == [(3, 5), (3, 40)]  # together they would be padded to 6 x 40
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_models_own_settings_are_ignored_and_come_back(fails, monkeypatch):
+    encoded = encode_prompts(tiny_tokenizer(), PROMPTS)
+    plain = greedy_tokens(tiny_model(), encoded, [256], 8)
+    model = tiny_model()
+    own = GenerationConfig(
+        do_sample=True,
+        temperature=2.0,
+        repetition_penalty=5.0,
+        max_length=3,
+        eos_token_id=plain[0][0],
+    )
+    model.generation_config = own
+    if fails:
+        monkeypatch.setattr(model, "generate", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            greedy_tokens(model, encoded, [256], 8)
+    else:
+        assert greedy_tokens(model, encoded, [256], 8) == plain
+    assert model.generation_config is own
+    assert (own.repetition_penalty, own.temperature, own.max_length) == (5.0, 2.0, 3)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_evaluating_follows_the_mark_of_the_run(mixed):
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    model.ssah_mixed = mixed
+    assert is_mixed(model) is mixed
+    dtype = torch.bfloat16 if mixed else torch.float32
+    with evaluating(model):
+        assert model(torch.tensor([[1, 2]])).logits.dtype == dtype
+    greedy_tokens(model, [[5, 6]], [256], 2)
+    assert set(seen) == {dtype}
+    assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32  # outside, as ever
 
 
 def test_generation_keeps_order_modes_and_gradients():
     model, tokenizer = tiny_model().train(), tiny_tokenizer()
     model.model.layers[0].eval()
-    together = generate(
-        model,
-        tokenizer,
-        Dataset.from_list([{"prompt": p} for p in PROMPTS]),
-        max_new_tokens=5,
-        batch_size=2,
-    )
+    prompts = Dataset.from_list([{"prompt": p} for p in PROMPTS])
+    together = generate(model, tokenizer, prompts, max_new_tokens=5, batch_size=2)
     assert together == [generate(model, tokenizer, [p], max_new_tokens=5)[0] for p in PROMPTS]
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     model(torch.tensor([[1, 2]])).logits.sum().backward()
@@ -90,11 +132,14 @@ def test_generation_errors_are_one_line():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     with pytest.raises(SsahError, match="no prompts") as e:
         generate(model, tokenizer, [])
-    with pytest.raises(
-        SsahError, match=r"prompt 1 has \d+ tokens, and with 8 new ones .* context of 512"
-    ) as e:
+    one_line(e)
+    too_long = r"prompt 1 has \d+ tokens, and with 8 new ones .* context of 512"
+    with pytest.raises(SsahError, match=too_long) as e:
         generate(model, tokenizer, ["Hi", "x" * 600], max_new_tokens=8)
-    assert "\n" not in str(e.value)
+    one_line(e)
+    with pytest.raises(SsahError, match="prompt 1 has no tokens") as e:
+        greedy_tokens(model, [[5], []], [256])
+    one_line(e)
 
 
 def test_stop_ids_know_the_end_of_the_turn():

@@ -12,9 +12,11 @@ import torch
 from helpers import one_line
 from safetensors import SafetensorError
 
+from ssah_nb.engine import models
 from ssah_nb.engine.models import (
     ARCHITECTURES,
     CHATML,
+    is_mixed,
     load_model,
     load_stage,
     save_model,
@@ -269,3 +271,28 @@ def test_a_stage_that_has_not_run(tmp_path, monkeypatch):
     model = tiny_model(seed=3)
     save_model(model, tiny_tokenizer(), run.path("models", "aligned"))
     assert torch.equal(load_stage(run, "aligned")[0].lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_stage_carries_what_the_run_decided(mixed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSAH_MIXED", str(mixed))
+    monkeypatch.setenv("SSAH_DTYPE", "bfloat16")
+    run = Run("smoke", "05_transfer")
+    model, _ = load_stage(run, "unaligned")
+    assert model.dtype == torch.bfloat16
+    assert is_mixed(model) is mixed and run.parameters["mixed"] is mixed
+    assert not is_mixed(load_model("tiny")[0])  # a model that no run has loaded
+
+
+def test_alone_makes_the_first_two_stages_and_names_the_chapter_of_the_third(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked, tiny = [], (tiny_model(), tiny_tokenizer())
+    monkeypatch.setattr(models, "load_model", lambda name, *a: (asked.append(name), tiny)[1])
+    run = Run("alone", "05_transfer")
+    load_stage(run, "unaligned")
+    load_stage(run, "aligned")
+    assert asked == ["embedded", "aligned"]
+    with pytest.raises(SsahError, match="no finetuned model in .*; run the chapter") as error:
+        load_stage(run, "finetuned")
+    one_line(error)

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_nb.engine import run as setup
+from ssah_nb.engine import run as run_module
 from ssah_nb.engine.run import (
     Run,
     SsahError,
+    begin,
     pick_device,
     pick_dtype,
     pick_mixed,
@@ -26,7 +27,7 @@ from ssah_nb.engine.run import (
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.ini").touch()
-    return Run("test", "05_attribution", seed=3, lr=0.1)
+    return Run("test", "03_attribution", seed=3, lr=0.1)
 
 
 def test_missing_table_names_the_command(run):
@@ -35,13 +36,58 @@ def test_missing_table_names_the_command(run):
 
 
 def test_manifest_has_hashes_parameters_and_device(run):
-    run.save_table("table", pd.DataFrame({"a": [0.5], "b": ["text"]}))
+    table = pd.DataFrame({"a": [0.5], "b": ["text"]})
+    run.save_table("table", table, {"b": "what", "a": "how much (%)"})
     run.finish(torch.nn.Linear(1, 1), {"one way": 1.25})
-    part = json.loads(run.path("manifest", "05_attribution.json").read_text())
+    part = json.loads(run.path("manifest", "03_attribution.json").read_text())
     assert set(part["files"]) == {"table.csv", "table.png", "table.svg"}
     assert part["parameters"] == {"seed": 3, "lr": 0.1}
     assert {"minutes", "device", "dtype", "versions", "threads"} <= set(part)
     assert part["seconds"] == {"one way": 1.2}
+
+
+def test_a_chapter_begins_with_the_parameters_of_its_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSAH_PARAMETERS", '{"04_classes": {"seed": 7, "rows": 3}, "x": {"lr": 9}}')
+    cells = {"__name__": "__main__", "_": "hidden", "In": [], "Out": {}, "pd": pd, "begin": begin}
+    names = cells | {"profile": "test", "seed": 1, "rows": 100, "lr": 0.1, "ratios": [0.1, 0.2]}
+    run = begin("04_classes", names)
+    assert run.parameters == {"seed": 7, "rows": 3, "lr": 0.1, "ratios": [0.1, 0.2]}
+    assert (names["seed"], names["rows"]) == (7, 3)  # the notebook itself goes on with them
+    assert (run.profile, run.chapter) == ("test", "04_classes")
+    monkeypatch.delenv("SSAH_PARAMETERS")
+    assert begin("04_classes", cells | {"profile": "test", "seed": 2}).parameters == {"seed": 2}
+
+
+def test_the_seed_of_the_parameters_is_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    for seed in (1, 2, 1):
+        begin("04_classes", {"profile": "test", "seed": seed})
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_the_environment_decides_what_steers_the_machine(run, monkeypatch):
+    for name in ("SSAH_DEVICE", "SSAH_DTYPE", "SSAH_MIXED"):
+        monkeypatch.delenv(name, raising=False)
+    auto = Run("test", "03_attribution")
+    assert (auto.device, auto.dtype, auto.mixed) == ("auto", "auto", "auto")
+    monkeypatch.setenv("SSAH_DEVICE", "cuda:1")
+    monkeypatch.setenv("SSAH_DTYPE", "bfloat16")
+    for word, mixed in (("True", True), ("false", False), ("auto", "auto")):
+        monkeypatch.setenv("SSAH_MIXED", word)
+        chosen = Run("test", "03_attribution")
+        assert (chosen.device, chosen.dtype, chosen.mixed) == ("cuda:1", "bfloat16", mixed)
+
+
+def test_a_chapter_opened_by_hand_keeps_its_figures_to_itself(run, tmp_path):
+    alone = Run("alone", "03_attribution")
+    alone.save_table("table", pd.DataFrame({"a": [1]}), {"a": "a"})
+    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("table.*")}
+    assert {str(path.parent) for path in written} == {"runs/alone/figures"}
+    run.save_table("table", pd.DataFrame({"a": [1]}), {"a": "a"})
+    assert (tmp_path / "figures/test/table.csv").exists()
 
 
 def test_write_atomic_replaces_or_keeps(tmp_path):
@@ -63,8 +109,8 @@ def test_device_and_dtype_errors_name_the_choices():
 
 @pytest.mark.parametrize(("speed", "mixed"), [(0.6, False), (1.4, False), (2.2, True)])
 def test_auto_is_mixed_where_the_cpu_is_faster(monkeypatch, speed, mixed):
-    assert 0 < setup.bfloat16_speed() < 1000
-    monkeypatch.setattr(setup, "bfloat16_speed", lambda: speed)
+    assert 0 < run_module.bfloat16_speed() < 1000
+    monkeypatch.setattr(run_module, "bfloat16_speed", lambda: speed)
     assert pick_mixed("auto", torch.device("cpu")) is mixed
     assert pick_mixed("auto", torch.device("cuda")) is False
     assert pick_mixed(True, torch.device("cpu")) is True
@@ -96,16 +142,16 @@ def test_side_by_side_keeps_the_order_shares_the_cores_and_raises():
             together.wait()
         return x, torch.get_num_threads()
 
-    assert side_by_side(work, range(4), cpu) == [
-        (x, threads // 2 if threads >= 2 else threads) for x in range(4)
-    ]
+    share = threads // 2 if threads >= 2 else threads
+    assert side_by_side(work, range(4), cpu) == [(x, share) for x in range(4)]
     # elsewhere one after the other
-    assert (
-        side_by_side(lambda x: torch.get_num_threads(), range(2), torch.device("meta"))
-        == [threads] * 2
-    )
+    count = lambda x: torch.get_num_threads()
+    assert side_by_side(count, range(2), torch.device("meta")) == [threads] * 2
+
+    def fail(x):
+        if x:
+            raise SsahError(f"item {x}")
+
     with pytest.raises(SsahError, match="item 1"):
-        side_by_side(
-            lambda x: (_ for _ in ()).throw(SsahError(f"item {x}")) if x else x, range(3), cpu
-        )
+        side_by_side(fail, range(3), cpu)
     assert torch.get_num_threads() == threads

@@ -104,6 +104,21 @@ def test_one_autocast_for_all_measures_what_pruning_and_training_changed():
         assert list(thrice()) == apart and len(set(apart)) == 3
 
 
+@pytest.mark.parametrize("mark", [False, True])
+def test_finetune_follows_the_mark_of_the_run(mark):
+    losses = {}
+    for mixed in (None, mark):
+        model = tiny_model()
+        model.ssah_mixed = mark
+        history = finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, batch_size=2, mixed=mixed)
+        losses[mixed] = history.loss.tolist()
+    assert losses[None] == losses[mark]
+    model = tiny_model()
+    model.ssah_mixed = mark
+    other = finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, batch_size=2, mixed=not mark)
+    assert other.loss.tolist() != losses[mark]  # what is said outweighs the mark
+
+
 def test_training_perplexity_is_of_every_kth_pair():
     model = tiny_model()
     tokenizer = tiny_tokenizer()

@@ -162,7 +162,7 @@ def test_top_cu():
         assert as_set(units.top_cu(share)) == set(zip(expected.kind, expected.layer, expected.unit))
     assert units.top_cu(1) == units.cu and 0 < len(units.top_cu(0.06)) == 4
     for share in (-0.1, 1.1):
-        with pytest.raises(SsahError, match="ratio share"):
+        with pytest.raises(SsahError, match="share=.* is not between 0 and 1"):
             units.top_cu(share)
     assert len(classify(None, made_up(1), ru=0.1).top_cu(0.5)) == 0  # an unaligned model has no CU
 
