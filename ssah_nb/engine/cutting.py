@@ -89,7 +89,7 @@ def fill(
     model: PreTrainedModel,  # cut as the saved one was
     folder: str | Path,  # with its *.safetensors
 ) -> PreTrainedModel:
-    "The model with the folder's weights, in evaluation mode. Raises `SsahError` when they do not fit."
+    "The model with the saved weights, in evaluation mode. Raises `SsahError` when they misfit."
     files, weights = sorted(Path(folder).glob("*.safetensors")), {}
     for file in files:
         weights |= load_file(file)

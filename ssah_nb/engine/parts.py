@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPLACED', 'adjacent', 'whole', 'SplitProduct', 'Permuted', 'AdjacentParts', 'LinearParts', 'SplitLinear',
-           'plain_linear', 'linears_to_split', 'refuse_stale_optimizer', 'replace', 'split_linears']
+           'plain_linear', 'adapter_parts', 'linears_to_split', 'refuse_stale_optimizer', 'replace', 'own_linears',
+           'permutable_linears', 'split_all', 'split_linears', 'outside', 'check_trains']
 
 # %% ../../nbs/engine/parts.ipynb #parts-002
 import math
@@ -31,12 +32,12 @@ def adjacent(trained: torch.Tensor, frozen: torch.Tensor) -> bool:
         and frozen.storage_offset() == trained.storage_offset() + trained.numel()
     )
 
-
+# %% ../../nbs/engine/parts.ipynb #parts-005
 def whole(
     trained: torch.Tensor,  # [trained rows, ...]
     frozen: torch.Tensor,  # [frozen rows, ...]
 ) -> torch.Tensor:
-    "The trained rows and then the frozen ones, [rows, ...], without a gradient: a view when they are adjacent, else a copy."
+    "All rows, the trained ones first, without a gradient: a view if adjacent, else a copy."
     trained, frozen = trained.detach(), frozen.detach()
     if not len(trained) or not len(frozen):
         return trained if len(trained) else frozen
@@ -46,7 +47,7 @@ def whole(
         )
     return torch.cat([trained, frozen])
 
-# %% ../../nbs/engine/parts.ipynb #parts-005
+# %% ../../nbs/engine/parts.ipynb #parts-008
 class SplitProduct(torch.autograd.Function):
     "x Wᵀ + b; of W (dim 0) or of Wᵀ (dim 1), the first rows are trained and the others are not."
 
@@ -55,9 +56,7 @@ class SplitProduct(torch.autograd.Function):
         kept = None
         if ctx.needs_input_grad[1]:
             kept = x if dim == 0 else x[..., : len(trained)].contiguous()
-        ctx.save_for_backward(
-            kept, trained, frozen
-        )  # a step before the backward pass is an error, as it is for any weight
+        ctx.save_for_backward(kept, trained, frozen)
         w = whole(trained, frozen)
         ctx.dim, ctx.cast = dim, None
         if w.dtype != x.dtype:
@@ -78,7 +77,7 @@ class SplitProduct(torch.autograd.Function):
             of_bias = grad.flatten(0, -2).sum(0)
         return of_x, of_trained, None, of_bias, None
 
-# %% ../../nbs/engine/parts.ipynb #parts-007
+# %% ../../nbs/engine/parts.ipynb #parts-010
 class Permuted(torch.autograd.Function):
     "Blocks of the last dimension in another order."
 
@@ -92,31 +91,25 @@ class Permuted(torch.autograd.Function):
         order, inverse = ctx.saved_tensors
         return Permuted.apply(grad, inverse, order), None, None
 
-# %% ../../nbs/engine/parts.ipynb #parts-008
+# %% ../../nbs/engine/parts.ipynb #parts-013
 class AdjacentParts(nn.Module):
     "Holds `trained_<name>` and `frozen_<name>` for each name of `flags`, adjacent in memory."
 
     flags: dict[str, bool]  # {"weight" or "bias": requires_grad of the original}
 
     def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:  # name: "weight" or "bias"
-        "The trained rows and the frozen rows (detached: not even requires_grad_(True) trains them)."
+        "The trained and the frozen rows. The latter are detached: requires_grad_ has no effect."
         return getattr(self, f"trained_{name}"), getattr(self, f"frozen_{name}").detach()
 
     def lay_together(self):
         "Make the parts adjacent again, after each was copied by itself."
-        for trained, frozen in (
-            (getattr(self, f"trained_{name}"), getattr(self, f"frozen_{name}"))
-            for name in self.flags
-        ):
-            if (
-                len(trained)
-                and len(frozen)
-                and trained.dtype == frozen.dtype
-                and not adjacent(trained, frozen)
-            ):
-                trained.data, frozen.data = whole(trained, frozen).split(
-                    [len(trained), len(frozen)]
-                )
+        for name in self.flags:
+            trained, frozen = getattr(self, f"trained_{name}"), getattr(self, f"frozen_{name}")
+            if not len(trained) or not len(frozen) or trained.dtype != frozen.dtype:
+                continue
+            if not adjacent(trained, frozen):
+                sizes = [len(trained), len(frozen)]
+                trained.data, frozen.data = whole(trained, frozen).split(sizes)
 
     def _apply(self, fn, recurse=True):  # .to(...), .cuda(), ...
         super()._apply(fn, recurse)
@@ -127,57 +120,50 @@ class AdjacentParts(nn.Module):
         super().__setstate__(state)
         self.lay_together()
 
-# %% ../../nbs/engine/parts.ipynb #parts-009
+# %% ../../nbs/engine/parts.ipynb #parts-015
 class LinearParts(AdjacentParts):
-    "A linear's weight and bias, of which only some rows (of A) or columns (of B) are trained. All are kept as rows, the trained ones first."
+    "A linear's weight and bias, kept as rows, the trained ones first."
 
     def __init__(
         self,
         linear: nn.Linear,  # the original; its weight and bias are copied
         frozen: torch.Tensor,  # bool, which rows or columns are frozen
         dim: int,  # 0: rows, 1: columns
-        permuted: bool = False,  # True: outputs (dim 0) or inputs (dim 1) come in this module's own order
+        permuted: bool = False,  # True: outputs (dim 0) or inputs (dim 1) stay in this order
     ):
         super().__init__()
-        self.dim, self.permuted, self.in_features, self.out_features = (
-            dim,
-            permuted,
-            linear.in_features,
-            linear.out_features,
-        )
+        self.dim, self.permuted = dim, permuted
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.flags = {name: p.requires_grad for name, p in linear.named_parameters()}
-        order, block = (
-            frozen.to(linear.weight.device).int().argsort(stable=True),
-            math.gcd(*frozen.unique_consecutive(return_counts=True)[1].tolist()),
-        )
-        blocks = order[::block] // block
-        for name, places in {
-            "order": order,
-            "blocks": blocks,
-            "blocks_back": blocks.argsort(),
-        }.items():
-            self.register_buffer(name, places, persistent=False)
+        self.keep_order(frozen.to(linear.weight.device))
         for name, p in linear.named_parameters():
-            rows, first = (
-                self.as_rows(name, p.detach()),
-                int((~frozen).sum()) if name == "weight" or dim == 0 else len(p),
-            )  # B's bias belongs to no unit
-            self.register_parameter(
-                f"trained_{name}",
-                nn.Parameter(rows[:first], requires_grad=first > 0 and p.requires_grad),
-            )
-            self.register_parameter(
-                f"frozen_{name}", nn.Parameter(rows[first:], requires_grad=False)
-            )
+            split = name == "weight" or dim == 0
+            self.keep_parts(name, p, int((~frozen).sum()) if split else len(p))
         self.train(linear.training)
+
+    def keep_order(self, frozen: torch.Tensor):  # bool, which rows or columns are frozen
+        "Remember the order: of single rows, and of the largest blocks that stay together."
+        order = frozen.int().argsort(stable=True)
+        block = math.gcd(*frozen.unique_consecutive(return_counts=True)[1].tolist())
+        blocks = order[::block] // block
+        places = {"order": order, "blocks": blocks, "blocks_back": blocks.argsort()}
+        for name, place in places.items():
+            self.register_buffer(name, place, persistent=False)
+
+    def keep_parts(self, name: str, p: nn.Parameter, trained: int):  # trained: how many rows
+        "Hold a copy of a weight or bias in two parts."
+        rows, flag = self.as_rows(name, p.detach()), trained > 0 and p.requires_grad
+        first = nn.Parameter(rows[:trained], requires_grad=flag)
+        self.register_parameter(f"trained_{name}", first)
+        rest = nn.Parameter(rows[trained:], requires_grad=False)
+        self.register_parameter(f"frozen_{name}", rest)
 
     def as_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:  # name: "weight" or "bias"
         "An original weight or bias as rows, the trained ones first: a copy."
         if name == "bias" and self.dim == 1:
             return tensor.clone()
-        return (tensor.t() if name == "weight" and self.dim == 1 else tensor).index_select(
-            0, self.order.to(tensor.device)
-        )
+        rows = tensor.t() if name == "weight" and self.dim == 1 else tensor
+        return rows.index_select(0, self.order.to(tensor.device))
 
     @torch.no_grad()
     def original(self, name: str) -> torch.Tensor | None:  # name: "weight" or "bias"
@@ -190,12 +176,10 @@ class LinearParts(AdjacentParts):
         rows = rows.index_select(0, self.order.argsort())
         return rows.t().contiguous() if name == "weight" and self.dim == 1 else rows
 
-    weight, bias = (
-        property(lambda self: self.original("weight")),
-        property(lambda self: self.original("bias")),
-    )
+    weight = property(lambda self: self.original("weight"))
+    bias = property(lambda self: self.original("bias"))
 
-# %% ../../nbs/engine/parts.ipynb #parts-010
+# %% ../../nbs/engine/parts.ipynb #parts-016
 class SplitLinear(LinearParts):
     "A linear of which only some rows or columns are trained."
 
@@ -210,11 +194,9 @@ class SplitLinear(LinearParts):
         if self.dim == 1 and not self.permuted:
             x = Permuted.apply(x, self.blocks, self.blocks_back)
         y = SplitProduct.apply(x, trained, frozen, bias, self.dim)
-        return (
-            Permuted.apply(y, self.blocks_back, self.blocks)
-            if self.dim == 0 and not self.permuted
-            else y
-        )
+        if self.dim == 0 and not self.permuted:
+            y = Permuted.apply(y, self.blocks_back, self.blocks)
+        return y
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name in self.flags:
@@ -223,35 +205,34 @@ class SplitLinear(LinearParts):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        shapes = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
         for name in self.flags:
-            if prefix + name not in state_dict:
-                missing_keys.append(prefix + name)
-                continue
-            (trained, frozen), new = self.parts(name), state_dict[prefix + name]
-            shape = (
-                (self.out_features, self.in_features) if name == "weight" else (self.out_features,)
-            )
-            if new.shape != shape:
-                error_msgs.append(
-                    f"size mismatch for {prefix}{name}: {tuple(new.shape)} instead of {shape}"
-                )
-                continue
-            rows = self.as_rows(name, new)
-            trained.detach().copy_(rows[: len(trained)])
-            frozen.copy_(rows[len(trained) :])
+            key, shape = prefix + name, shapes[name]
+            if key not in state_dict:
+                missing_keys.append(key)
+            elif state_dict[key].shape != shape:
+                got = tuple(state_dict[key].shape)
+                error_msgs.append(f"size mismatch for {key}: {got} instead of {shape}")
+            else:
+                self.fill(name, state_dict[key])
+
+    def fill(self, name: str, new: torch.Tensor):  # name: "weight" or "bias"
+        "Take over an original's weight or bias."
+        (trained, frozen), rows = self.parts(name), self.as_rows(name, new)
+        trained.detach().copy_(rows[: len(trained)])
+        frozen.copy_(rows[len(trained) :])
 
     def merged(self) -> nn.Linear:
         "The original linear, with what was trained."
-        linear = nn.Linear(
-            self.in_features, self.out_features, bias="bias" in self.flags, device="meta"
-        )
+        sizes, has_bias = (self.in_features, self.out_features), "bias" in self.flags
+        linear = nn.Linear(*sizes, bias=has_bias, device="meta")
         for name, flag in self.flags.items():
             setattr(linear, name, nn.Parameter(self.original(name), requires_grad=flag))
         return linear.train(self.training)
 
-# %% ../../nbs/engine/parts.ipynb #parts-013
+# %% ../../nbs/engine/parts.ipynb #parts-022
 def plain_linear(model: nn.Module, name: str) -> nn.Linear:
-    "The linear of this name. Raises `SsahError` when its weight cannot be cut or changed in place."
+    "The linear of this name. Raises `SsahError` when its weight cannot be changed in place."
     linear = model.get_submodule(name)
     if (
         type(linear) is nn.Linear
@@ -260,52 +241,61 @@ def plain_linear(model: nn.Module, name: str) -> nn.Linear:
     ):
         return linear
     raise SsahError(
-        f"{name} is a {type(linear).__name__} whose weight is frozen apart, quantized, offloaded or has an adapter; merge(model) or load it whole first"
+        f"{name} is a {type(linear).__name__} whose weight is frozen apart, quantized, "
+        "offloaded or has an adapter; merge(model) or load it whole first"
     )
 
-# %% ../../nbs/engine/parts.ipynb #parts-014
+# %% ../../nbs/engine/parts.ipynb #parts-024
+def adapter_parts(
+    module: nn.Module,  # a linear that carries LoRA
+    name: str,  # its name
+    dim: int,  # 0: rows are frozen, 1: columns
+) -> list[str]:
+    "The names of what to split instead. Raises `SsahError` for an adapter that is not fresh."
+    if module.lora_variant or any(b.weight.any() for b in module.lora_B.values()):
+        raise SsahError(
+            f"the adapter on {name} is trained already or is no plain LoRA; "
+            "merge it, or make a new one with get_peft_model, and freeze then"
+        )
+    factor = ("lora_B", "lora_A")[dim]
+    names = [f"{name}.{factor}.{adapter}" for adapter in module.lora_A]
+    if any(p.requires_grad for p in module.base_layer.parameters()):
+        names.append(f"{name}.base_layer")
+    return names
+
+
 def linears_to_split(
     model: nn.Module,  # an unfrozen model, PEFT-wrapped or not
     plan: dict[str, tuple[torch.Tensor, int]],  # from `frozen_rows_and_columns`
 ) -> dict[str, tuple[torch.Tensor, int]]:
-    "The plan, with a layer that carries LoRA replaced by the factor of the adapter that holds its rows or columns, and without those that PEFT does not train. Raises `SsahError`."
+    "The plan for what is trained: the linears themselves, or their adapters. Raises `SsahError`."
     found: dict[str, tuple[torch.Tensor, int]] = {}
     for name, planned in plan.items():
         module, names = model.get_submodule(name), [name]
+        trained = any(p.requires_grad for p in module.parameters())
         if hasattr(module, "lora_A"):
-            if module.lora_variant or any(b.weight.any() for b in module.lora_B.values()):
-                raise SsahError(
-                    f"the adapter on {name} is trained already or is no plain LoRA; merge it, or make a new one with get_peft_model, and freeze then"
-                )
-            names = [
-                f"{name}.{('lora_B', 'lora_A')[planned[1]]}.{adapter}" for adapter in module.lora_A
-            ]
-            if any(p.requires_grad for p in module.base_layer.parameters()):
-                names.append(f"{name}.base_layer")
-        elif hasattr(model, "peft_config") and not any(
-            p.requires_grad for p in module.parameters()
-        ):
+            names = adapter_parts(module, name, planned[1])
+        elif hasattr(model, "peft_config") and not trained:
             continue  # it has no adapter, and PEFT does not train it
         found |= {n: planned for n in names if plain_linear(model, n)}
     if not found:
         raise SsahError(
-            "no adapter is on the linears of the masked units, so there is nothing to freeze; choose other units or other target_modules"
+            "no adapter is on the linears of the masked units, so there is nothing to freeze; "
+            "choose other units or other target_modules"
         )
     return found
 
-# %% ../../nbs/engine/parts.ipynb #parts-016
-REPLACED: WeakValueDictionary = (
-    WeakValueDictionary()
-)  # id -> a parameter that was taken out of a model; alive only while something holds it
+# %% ../../nbs/engine/parts.ipynb #parts-026
+REPLACED: WeakValueDictionary = WeakValueDictionary()  # id -> a parameter taken out of a model
 
 
 def refuse_stale_optimizer(optimizer: torch.optim.Optimizer, *_):
     "Raise `SsahError` when the optimizer would train weights that are no longer in the model."
-    if REPLACED and any(
-        REPLACED.get(id(p)) is p for group in optimizer.param_groups for p in group["params"]
-    ):
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    if REPLACED and any(REPLACED.get(id(p)) is p for p in held):
         raise SsahError(
-            "this optimizer was built before freeze or merge and holds weights that are no longer in the model; build it afterwards"
+            "this optimizer was built before freeze or merge and holds weights that are "
+            "no longer in the model; build it afterwards"
         )
 
 
@@ -318,9 +308,72 @@ def replace(model: nn.Module, name: str, module: nn.Module):
     REPLACED.update({id(p): p for p in model.get_submodule(name).parameters()})
     model.get_submodule(parent).register_module(child, module)
 
+# %% ../../nbs/engine/parts.ipynb #parts-028
+def own_linears(mlp: nn.Module) -> set[str]:
+    "What in a module holds parameters or buffers: the first part of their names."
+    named = [*mlp.named_parameters(), *mlp.named_buffers()]
+    return {name.partition(".")[0] for name, _ in named}
+
+
+def permutable_linears(
+    model: nn.Module,  # any model
+    plan: dict[str, tuple[torch.Tensor, int]],  # from `linears_to_split`
+    mlps: list[tuple[str, ...]],  # names of each MLP's linears, B first
+) -> set[str]:
+    "The linears of the MLPs whose channels may come in any order."
+    found: set[str] = set()
+    for names in mlps:
+        mlp = model.get_submodule(names[0].rpartition(".")[0])
+        alone = own_linears(mlp) == {name.rpartition(".")[2] for name in names}
+        if len(set(names)) == 3 and plan.keys() >= set(names) and alone:
+            found |= set(names)
+    return found
+
+
+def split_all(
+    model: nn.Module,  # changed in place, its function is not
+    plan: dict[str, tuple[torch.Tensor, int]],  # from `linears_to_split`
+    mlps: list[tuple[str, ...]],  # names of each MLP's linears, B first
+):
+    "Split each linear of a plan."
+    permutable = permutable_linears(model, plan, mlps)
+    for name, (rows, dim) in plan.items():
+        split = SplitLinear(model.get_submodule(name), rows, dim, permuted=name in permutable)
+        if ".lora_" in name:
+            split.frozen_weight.data.zero_()
+        replace(model, name, split)
+
 
 def split_linears(model: nn.Module) -> dict[str, SplitLinear]:  # any model
     "The split linears of a frozen model, by name."
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, SplitLinear)
-    }
+    named = model.named_modules()
+    return {name: module for name, module in named if isinstance(module, SplitLinear)}
+
+# %% ../../nbs/engine/parts.ipynb #parts-030
+def outside(
+    model: nn.Module,  # any model
+    of_a: list[str],  # names of the linears that hold units' rows
+    of_b: list[str],  # names of the linears that hold units' columns; their biases are outside
+) -> list[str]:
+    "Names of the trained parameters that belong to no unit."
+    linears, b = tuple(f"{n}." for n in of_a + of_b), tuple(f"{n}." for n in of_b)
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        and (not name.startswith(linears) or name.startswith(b) and name.endswith(".bias"))
+    ]
+
+
+def check_trains(
+    model: nn.Module,  # an unfrozen model
+    plan: dict[str, tuple[torch.Tensor, int]],  # from `linears_to_split`
+    off: list[str],  # parameters that are switched off as well
+    everything: bool = False,  # whether the plan holds all units
+):
+    "Raise `SsahError` when nothing would be left to train."
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    full = [name for name, (rows, _) in plan.items() if rows.all()]
+    held = {f"{name}.{p}" for name in full for p in ("weight", "bias")}
+    if everything or not trained - held - set(off):
+        raise SsahError("this leaves nothing to train; leave some units out of the mask")
