@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATIO_OF', 'check_ratios', 'unit_weights', 'top_units', 'as_map', 'classify', 'chosen_channels', 'pruned',
-           'search_row', 'choose_ratio', 'search_scu', 'load_units', 'kept_units', 'cut_plan', 'prune', 'load_pruned']
+           'search_row', 'choose_ratio', 'search_scu', 'load_units', 'prune', 'load_pruned']
 
 # %% ../nbs/04_classes.ipynb #04-classes-018
 import copy
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from .attribution import Importance, check_same_scoring, load_scores
-from .engine.cutting import Plan, cut, fill, inputs_off, whole_model
+from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off, whole_model
 from .engine.intervals import Estimate
 from .engine.parts import plain_linear
 from .engine.run import Run, SsahError
@@ -197,7 +197,7 @@ def search_scu(
     chosen = choose_ratio(table)
     return chosen, table.assign(chosen=table.scu == chosen)
 
-# %% ../nbs/04_classes.ipynb #04-classes-049
+# %% ../nbs/04_classes.ipynb #04-classes-047
 def load_units(
     run: Run,  # the run
     model: PreTrainedModel,  # the aligned model; scored when the run holds no units yet
@@ -215,39 +215,7 @@ def load_units(
         classify(*scores, scu=0.01 if run.profile == "alone" else 0.05).save_pretrained(folder)
     return UnitMap.from_pretrained(folder)
 
-# %% ../nbs/04_classes.ipynb #04-classes-077
-def kept_units(model: PreTrainedModel, mask: UnitMask) -> dict[str, torch.Tensor]:
-    "What can stay when the masked units are cut: {kind: bool [layers, units]}."
-    modules = depth_two(model)["attention"]
-    group = modules[0].group
-    heads = (~mask.attention).unflatten(1, (-1, group)).any(-1)  # a group stays while one head does
-    kept = {"mlp": ~mask.mlp, "attention": heads.repeat_interleave(group, 1)}
-    if any("qkv_proj" in name for module in modules for name, _ in module.a):
-        kept["attention"][:] = True  # fused attention counts its heads in the config
-    for kind, first in (("mlp", 1), ("attention", group)):
-        empty = ~kept[kind].any(1)
-        kept[kind][empty, :first] = True
-    return kept
-
-# %% ../nbs/04_classes.ipynb #04-classes-079
-def cut_plan(
-    model: PreTrainedModel,  # uncut
-    kept: dict[str, torch.Tensor],  # {kind: bool [layers, units]}, whole groups of heads
-) -> Plan:
-    "Which rows and columns of each linear stay."
-    plan: Plan = {}
-    for kind, modules in depth_two(model).items():
-        for module, keep in zip(modules, kept[kind]):
-            for parts, units in ((module.a, keep), (module.shared, keep[:: module.group])):
-                stay = units.repeat_interleave(module.width)
-                for name, first in parts:
-                    every = torch.ones(model.get_submodule(name).out_features, dtype=torch.bool)
-                    rows, _ = plan.setdefault(name, (every, None))
-                    rows[first : first + len(stay)] = stay
-            plan[module.b] = (None, keep.repeat_interleave(module.width))
-    return plan
-
-# %% ../nbs/04_classes.ipynb #04-classes-080
+# %% ../nbs/04_classes.ipynb #04-classes-076
 def prune(
     model: PreTrainedModel,  # not changed
     mask: UnitMask,  # units to remove
@@ -258,29 +226,29 @@ def prune(
             "the model is pruned already; prune the original by both masks at once: first | second"
         )
     check_mask(mask, model)
-    kept = kept_units(model, mask)
-    plan = cut_plan(model, kept)
+    modules = depth_two(model)
+    kept = can_stay(modules, {"mlp": mask.mlp, "attention": mask.attention})
+    plan = cut_plan(model, modules, kept)
     for name in plan:
         plain_linear(model, name)
     with pruned(model, mask):
         smaller = copy.deepcopy(model)
     cut(smaller, plan)
-    smaller.config.ssah_kept = {
-        kind: [torch.nonzero(row).flatten().tolist() for row in rows] for kind, rows in kept.items()
-    }
+    indices = lambda rows: [torch.nonzero(row).flatten().tolist() for row in rows]
+    smaller.config.ssah_kept = {kind: indices(rows) for kind, rows in kept.items()}
     return smaller
 
-# %% ../nbs/04_classes.ipynb #04-classes-083
+# %% ../nbs/04_classes.ipynb #04-classes-079
 def load_pruned(
     folder: str | Path,  # where a pruned model's save_pretrained wrote
     dtype: torch.dtype = torch.float32,  # of the weights
 ) -> PreTrainedModel:
     "A model that `prune` made. Raises `SsahError` when the folder holds something else."
     model = whole_model(folder, "ssah_kept", dtype)
-    kept = {}
-    for kind, modules in depth_two(model).items():
-        kept[kind] = torch.zeros(len(modules), modules[0].units, dtype=torch.bool)
+    modules, kept = depth_two(model), {}
+    for kind, layers in modules.items():
+        kept[kind] = torch.zeros(len(layers), layers[0].units, dtype=torch.bool)
         for row, indices in zip(kept[kind], model.config.ssah_kept[kind]):
             row[indices] = True
-    cut(model, cut_plan(model, kept))
+    cut(model, cut_plan(model, modules, kept))
     return fill(model, folder)

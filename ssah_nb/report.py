@@ -5,7 +5,16 @@
 # %% auto #0
 __all__ = ['SIDES', 'verdict', 'paper_numbers', 'printed', 'printed_numbers', 'judge', 'in_short']
 
-# %% ../nbs/09_report.ipynb #09-report-016
+# %% ../nbs/09_report.ipynb #09-report-002
+from importlib import resources
+
+import pandas as pd
+
+from .engine.claims import claims_of, measure, unit_of
+from .engine.drawings.report import in_words
+from .engine.run import SsahError
+
+# %% ../nbs/09_report.ipynb #09-report-017
 def verdict(
     low: float,  # lower end of the 95 % interval
     high: float,  # upper end
@@ -24,21 +33,12 @@ def verdict(
         return "holds"
     return "fails" if high <= start or low >= end else "open"
 
-# %% ../nbs/09_report.ipynb #09-report-019
-from importlib import resources
-
-import pandas as pd
-
-from .engine.claims import claims_of, measure, unit_of
-from .engine.drawings.report import in_words
-from .engine.run import SsahError
-
-
+# %% ../nbs/09_report.ipynb #09-report-020
 def paper_numbers() -> pd.DataFrame:
     "Every number of the paper, tidy: [table, model, setting, benchmark, metric, value, unit]."
     return pd.read_csv(resources.files("ssah_nb") / "paper_numbers.csv")
 
-# %% ../nbs/09_report.ipynb #09-report-020
+# %% ../nbs/09_report.ipynb #09-report-021
 def printed(
     table: str,  # the paper's table or figure, e.g. "1", "fig11"
     setting: str,  # e.g. "dense"; for a figure: the module
@@ -56,7 +56,7 @@ def printed(
         raise SsahError(f"the paper prints no {metric} for {where}")
     return float(found.value.iloc[0])
 
-# %% ../nbs/09_report.ipynb #09-report-027
+# %% ../nbs/09_report.ipynb #09-report-028
 def printed_numbers(
     lookups: str,
 ) -> list[float]:  # "table | setting | benchmark | metric | model; …"
@@ -75,7 +75,7 @@ def printed_numbers(
         found.append(round(100 * cells[after] / sum(cells.values()), 1))
     return found
 
-# %% ../nbs/09_report.ipynb #09-report-028
+# %% ../nbs/09_report.ipynb #09-report-029
 SIDES = {">": "above", "<": "below", "within": "near"}
 
 
@@ -95,7 +95,7 @@ def judge(
         found.append(row | {"unit": unit_of(claim)})
     return pd.DataFrame(found)
 
-# %% ../nbs/09_report.ipynb #09-report-029
+# %% ../nbs/09_report.ipynb #09-report-030
 def in_short(claims: pd.DataFrame) -> pd.DataFrame:  # from `judge`
     "The claims for reading, each with its number in words."
     numbers = zip(claims.measured, claims.low, claims.high, claims.unit)

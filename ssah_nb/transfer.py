@@ -24,7 +24,7 @@ def make_finetuned(
     run: Run,  # the run, whose aligned model is there
     **training,  # lr, epochs, batch_size and max_response of `finetune`
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, pd.DataFrame]:
-    "Fine-tune the aligned model on the benign pairs and save it; the model, and the loss of each step."
+    "Fine-tune the aligned model on the benign pairs and save it; also the loss of each step."
     model, tokenizer = load_stage(run, "aligned")
     pairs, seed = load_splits(run)["benign", "attack"], run.parameters.get("seed", 1)
     history = finetune(model, tokenizer, pairs, seed=seed, **training)
@@ -37,7 +37,7 @@ def make_finetuned(
 
 # %% ../nbs/05_transfer.ipynb #05-transfer-011
 def load_finetuned(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "The fine-tuned model of this run. A chapter that is opened alone makes it when it is not there."
+    "The fine-tuned model of this run; a chapter that is opened alone makes it if need be."
     if run.profile in ("alone", "smoke") and not run.path("models", "finetuned").exists():
         make_finetuned(run, **FINETUNING)
     return load_stage(run, "finetuned")

@@ -45,7 +45,7 @@ def comparable(first: pd.DataFrame, second: pd.DataFrame) -> bool:
     numbers = number_columns(first)
     if numbers != number_columns(second):
         return False
-    words = [name for name in first if name not in numbers and name != "verdict"]
+    words = [name for name in first if name not in [*numbers, "verdict", "claimed"]]
     return all(plain(first[name]).equals(plain(second[name])) for name in words)
 
 # %% ../../nbs/engine/comparison.ipynb #comparison-010
@@ -73,7 +73,7 @@ def outside_values(
         rows = pd.DataFrame(
             {
                 "table": name,
-                "row": first.iloc[:, 0].astype(str),
+                "row": first["claim" if "claim" in first else first.columns[0]].astype(str),
                 "column": column,
                 "first": first[column],
                 "low": ends[0],
@@ -195,7 +195,7 @@ def value_sentence(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFram
         return words
     far = outside.iloc[0]
     return (
-        f"{words}; largest: {far.column} of {far.row} in {far.table}: "
+        f"{words}; largest: {far.column} of '{far.row}' in {far.table}: "
         f"{far['first']:.3g} ({far.low:.3g} to {far.high:.3g}), then {far.second:.3g}"
     )
 

@@ -56,9 +56,8 @@ def sequence_log_probabilities(
     return -torch.stack([part.sum() for part in losses.split(batch.response_mask.sum(1).tolist())])
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-006
-Answers = dict[
-    str, list[tuple[list[int], list[int]]]
-]  # "chosen" and "rejected" -> token ids of (prompt, answer), row by row
+# "chosen" and "rejected" -> token ids of (prompt, answer), row by row
+Answers = dict[str, list[tuple[list[int], list[int]]]]
 
 
 def encode_preferences(
@@ -69,25 +68,19 @@ def encode_preferences(
 ) -> Answers:
     "The rows as token ids."
     longest = decoder(model).config.max_position_embeddings
-    return {
-        key: encode_pairs(
-            tokenizer,
-            [{"prompt": r["prompt"], "response": r[key]} for r in rows],
-            None,
-            max_response,
-            longest,
-        )
-        for key in ("chosen", "rejected")
-    }
+
+    def encoded(key):
+        pairs = [{"prompt": row["prompt"], "response": row[key]} for row in rows]
+        return encode_pairs(tokenizer, pairs, None, max_response, longest)
+
+    return {key: encoded(key) for key in ("chosen", "rejected")}
 
 
 def preference_batches(answers: Answers, batch_size: int, chosen: random.Random) -> list[list[int]]:
     "Batches of rows of like length, in a random order."
-    return training_batches(
-        [(prompt, c + r) for (prompt, c), (_, r) in zip(answers["chosen"], answers["rejected"])],
-        batch_size,
-        chosen,
-    )
+    rows = zip(answers["chosen"], answers["rejected"])
+    both = [(prompt, chosen_one + rejected) for (prompt, chosen_one), (_, rejected) in rows]
+    return training_batches(both, batch_size, chosen)
 
 
 def answer_log_probabilities(
@@ -96,7 +89,7 @@ def answer_log_probabilities(
     batch: list[int],  # the rows that are wanted
     max_tokens: int,  # tokens that are run at once
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    "log p of the chosen and of the rejected answers of a batch, part by part: (rows, [2, rows] nats)."
+    "log p of the chosen and the rejected answers of a batch, by parts: (rows, [2, rows] nats)."
     longest = max(
         len(prompt) + len(answer)
         for pairs in answers.values()
@@ -105,12 +98,8 @@ def answer_log_probabilities(
     size = max(1, max_tokens // (2 * longest))
     for part in (batch[i : i + size] for i in range(0, len(batch), size)):
         pairs = [answers[key][r] for key in ("chosen", "rejected") for r in part]
-        yield (
-            part,
-            sequence_log_probabilities(
-                model, pad_batch(pairs, list(range(len(pairs))), model.device)
-            ).view(2, -1),
-        )
+        padded = pad_batch(pairs, list(range(len(pairs))), model.device)
+        yield part, sequence_log_probabilities(model, padded).view(2, -1)
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-007
 @torch.no_grad()
@@ -152,21 +141,21 @@ def finetune_dpo(
     batch_size: int = 16,  # rows in a batch
     max_response: int | None = None,  # tokens kept of each answer
     beta: float = 0.1,  # strength of the pull towards the reference
-    sft_weight: float = 0.0,  # of the chosen answers' SFT loss, nats per token, beside the DPO loss; 0: none
+    sft_weight: float = 0.0,  # of the chosen answers' SFT loss (nats per token); 0: none
     seed: int = 0,  # seed of the order
     max_tokens: int = 1024,  # tokens that are run at once
-    reference: torch.Tensor
-    | None = None,  # from `reference_margins`; None: the reference is the model before training
-    mixed: bool | None = None,  # multiply in bfloat16, as in `finetune`
+    reference: torch.Tensor | None = None,  # from `reference_margins`; None: `model` as it is now
+    mixed: bool | None = None,  # as in `finetune`
 ) -> pd.DataFrame:
-    "Train on preferences: `optimize` with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
+    "Train with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
     rows, order = list(rows), random.Random(seed)
     answers = encode_preferences(model, tokenizer, rows, max_response)
     if reference is None:
         reference = all_margins(model, answers, max_tokens)
     if len(reference) != len(rows):
         raise SsahError(
-            f"reference has {len(reference)} margins for {len(rows)} rows; make it from the same rows with reference_margins"
+            f"reference has {len(reference)} margins for {len(rows)} rows; "
+            "make it from the same rows with reference_margins"
         )
     tokens = torch.tensor([len(answer) for _, answer in answers["chosen"]])
 
@@ -177,10 +166,5 @@ def finetune_dpo(
                 losses = losses - sft_weight * chosen / tokens[part].to(chosen.device)
             yield losses.sum() / len(batch)
 
-    return optimize(
-        model,
-        [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)],
-        part_losses,
-        lr,
-        mixed=mixed,
-    )
+    batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)]
+    return optimize(model, batches, part_losses, lr, mixed=mixed)
