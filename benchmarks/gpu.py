@@ -18,7 +18,8 @@ import torch
 from freezing import linear_parameters, optimizer_memory, random_units
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ssah_nb.attribution import METHODS, collect_moments
+from ssah_nb.engine.scores import METHODS, collect_moments
+from ssah_nb.units import depth_two
 from ssah_nb.freezing import freeze
 from ssah_nb.engine.batches import TokenBatch, decoder
 from ssah_nb.engine.run import processor, show_progress
@@ -93,7 +94,7 @@ def attribution(model: PreTrainedModel, options: argparse.Namespace) -> list[dic
     )
     for name, run in {
         "forward": forward,
-        "attribution": lambda: collect_moments(model, [batch], METHODS["flap"], "response"),
+        "attribution": lambda: collect_moments(model, depth_two(model), [batch], METHODS["flap"]),
     }.items():
         peak_gb(device, reset=True)
         taken = seconds(run, device, options.repeats)

@@ -84,9 +84,8 @@ def as_map(
     order: Scores,  # ranks the units
     rest: str,  # class of the units in no mask
     classes: dict[str, UnitMask],  # later ones take precedence
-    info: dict,  # kept with the map
+    info: dict,
 ) -> UnitMap:
-    "A map from the masks of its classes."
     codes = {}
     for kind in ("mlp", "attention"):
         scores = getattr(order, kind)
@@ -148,18 +147,12 @@ def pruned(
         yield model
 
 # %% ../nbs/04_classes.ipynb #04-classes-041
-def search_row(
-    ratio: float,  # share of SCU
-    mask: UnitMask,  # the SCU
-    measured: tuple[Estimate, Estimate],  # attack success and perplexity without them
-) -> dict:
-    "What the search has measured at one share."
-    attack, perplexity = measured
+def search_row(ratio: float, mask: UnitMask, measure: Callable) -> dict:
+    "What the search measures at one share."
+    attack, perplexity = measure(mask)
     if not isinstance(attack, Estimate):
-        raise SsahError(
-            "`measure` gave no estimate of attack success; "
-            "return (attack_success(...), perplexity(...))"
-        )
+        what = "return (attack_success(...), perplexity(...))"
+        raise SsahError(f"`measure` gave no estimate of attack success; {what}")
     row = {"scu": ratio, "units": len(mask)} | attack.columns("attack_success")
     return row | {"perplexity": float(perplexity), "steady": True, "lowers_safety": False}
 
@@ -185,10 +178,10 @@ def search_scu(
     if not ratios:
         raise SsahError("no ratios to search; give at least one, e.g. [0.02, 0.01]")
     nothing = top_units(safety.standardized(), 0, safety.info)
-    rows = [dense := search_row(0.0, nothing, measure(nothing))]
+    rows = [dense := search_row(0.0, nothing, measure)]
     for ratio in ratios:
         mask = classify(safety, utility, scu=ratio, **classify_options).scu
-        rows.append(row := search_row(ratio, mask, measure(mask)))
+        rows.append(row := search_row(ratio, mask, measure))
         row["steady"] = row["perplexity"] <= max_perplexity_ratio * dense["perplexity"]
         row["lowers_safety"] = row["attack_success_low"] > dense["attack_success_high"]
         if row["steady"] and row["lowers_safety"]:
@@ -208,8 +201,7 @@ def load_units(
     if not folder.exists():
         if run.profile not in ("alone", "smoke"):
             raise SsahError(
-                f"no units in {folder}; run chapter 04_classes, "
-                f"or `make reproduce PROFILE={run.profile}`"
+                f"no units in {folder}; run chapter 04_classes of profile {run.profile}"
             )
         scores = load_scores(run, model, tokenizer)
         classify(*scores, scu=0.01 if run.profile == "alone" else 0.05).save_pretrained(folder)
