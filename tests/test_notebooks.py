@@ -1,0 +1,298 @@
+"""What the bars of a readable chapter are, and what stored outputs must not hold."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from helpers_notebooks import (
+    drawings,
+    errors,
+    for_the_reader,
+    formulas,
+    images,
+    lengths,
+    output_texts,
+    places,
+    prose_share,
+    read,
+    repeated,
+    said_by_models,
+    shown_share,
+    sources,
+    stale_cells,
+    typed_runs,
+    untyped,
+)
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from store_outputs import source_hash
+
+from ssah_nb.engine.alignment import STOCK_REFUSALS
+
+ROOT = Path(__file__).parent.parent
+NBS = ROOT / "nbs"
+CHAPTERS = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+PAGES = sorted(path for path in NBS.glob("engine/**/*.ipynb") if "checkpoints" not in str(path))
+NOTEBOOKS = [*CHAPTERS, NBS / "index.ipynb", *PAGES]
+EXECUTED = sorted((ROOT / "runs/embedded/notebooks").glob("[0-9][0-9]_*.ipynb"))  # the site's
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=named)
+each_page = pytest.mark.parametrize("path", PAGES, ids=named)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
+each_output = pytest.mark.parametrize("path", NOTEBOOKS + EXECUTED, ids=named)
+
+
+# A chapter teaches
+
+
+def test_there_are_nine_chapters():
+    assert [path.stem[:2] for path in CHAPTERS] == "00 01 02 03 04 05 06 08 09".split()
+
+
+@each_chapter
+def test_a_chapter_explains_more_than_it_computes(path):
+    notebook = read(path)
+    assert prose_share(notebook) >= 0.8
+    assert formulas(notebook) >= 2 or drawings(notebook) >= 1
+
+
+@each_chapter
+def test_a_chapter_goes_in_small_steps(path):
+    median, longest = lengths(read(path))
+    assert median <= 8 and longest <= 25
+
+
+@each_chapter
+def test_a_chapter_shows_what_it_does(path):
+    assert shown_share(read(path)) >= 0.6
+
+
+@each_chapter
+def test_a_chapter_opens_with_its_claim(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown"
+    assert re.match(r"# .+\n+> .+", first.source)
+
+
+@each_page
+def test_an_engine_page_says_what_it_is_for(path):
+    assert prose_share(read(path)) >= 0.2
+
+
+# What is stored is what the source gives
+
+
+@each_notebook
+def test_no_cell_changed_after_its_output_was_stored(path):
+    assert not stale_cells(read(path), source_hash)
+
+
+@each_notebook
+def test_every_picture_is_there(path):
+    missing = [
+        address
+        for address in images(read(path))
+        if not address.startswith(("http:", "https:", "data:"))
+        and not (path.parent / address).is_file()
+    ]
+    assert not missing
+
+
+@each_output
+def test_no_output_holds_a_path_of_this_machine_or_an_error(path):
+    notebook = read(path)
+    assert not places(output_texts(notebook))
+    assert not errors(notebook)
+
+
+# No completion of a harmful prompt is shown
+
+
+def kept_responses() -> list[str]:
+    "What models answered to harmful prompts, as far as this machine has kept it."
+    found = []
+    for path in ROOT.glob("runs/*/completions/**/*.json"):
+        harmful = json.loads(path.read_text()).get("harmful", [])
+        found += [response for _, response in harmful if len(response) > 40]
+    return found
+
+
+def typed_texts() -> list[str]:
+    "What people wrote: the sources of notebooks and modules, and what models learned to say."
+    cells = [
+        s for path in NOTEBOOKS for kind in ("code", "markdown") for s in sources(read(path), kind)
+    ]
+    tables = [(ROOT / "ssah_nb/paper_numbers.csv").read_text()]
+    return cells + tables + list(STOCK_REFUSALS)
+
+
+def published() -> dict[str, list[str]]:
+    "Everything that a reader can see: outputs, tables, drawings, the README."
+    found = {named(path): output_texts(read(path)) for path in NOTEBOOKS + EXECUTED}
+    for path in ROOT.glob("figures/**/*.csv"):
+        with open(path, newline="") as file:
+            cells = {cell for row in csv.reader(file) for cell in row}
+        found[named(path)] = [cell for cell in cells if " " in cell]
+    for path in [*ROOT.glob("figures/**/*.svg"), *NBS.glob("drawings/*.svg")]:
+        found[named(path)] = re.findall(r">([^<>]*\w[^<>]*)<", path.read_text())
+    return found | {"README.md": [(ROOT / "README.md").read_text()]}
+
+
+@pytest.fixture(scope="module")
+def typed() -> list[str]:
+    return typed_texts()
+
+
+def test_nothing_repeats_a_response_that_was_kept(typed):
+    responses = kept_responses()
+    if not responses:
+        pytest.skip("no run on this machine has kept responses")
+    said = said_by_models(responses, typed)
+    found = {name: repeated(texts, said) for name, texts in published().items()}
+    assert not {name: runs for name, runs in found.items() if runs}
+
+
+def test_no_output_holds_a_sentence_that_nobody_typed(typed):
+    known = typed_runs(typed)
+    names = {named(path) for path in NOTEBOOKS + EXECUTED}
+    found = {
+        name: untyped(texts, known)
+        for name, texts in published().items()
+        if name in names or name.endswith(".csv")
+    }
+    assert not {name: pieces for name, pieces in found.items() if pieces}
+
+
+# The checks themselves, on made-up notebooks
+
+RESPONSE = "To open the forbidden box you first take a long lever and then you push it down hard"
+
+
+def made_up(*outputs, source="show(table)", prose="Some words about it."):
+    notebook = new_notebook()
+    cell = new_code_cell(
+        source, outputs=list(outputs), metadata={"source_hash": source_hash(source)}
+    )
+    notebook.cells = [new_markdown_cell(prose), cell]
+    return notebook
+
+
+def printed(text: str):
+    return new_output("stream", name="stdout", text=text)
+
+
+def table(*cells: str):
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    html = f"<style scoped>td {{vertical-align: top; }}</style><table><tr>{row}</tr></table>"
+    return new_output("execute_result", data={"text/html": html, "text/plain": "  ".join(cells)})
+
+
+def image(address: str) -> str:
+    return f"![a drawing]({address})"
+
+
+@pytest.mark.parametrize(
+    "output, whole",
+    [
+        (printed(f"answer: {RESPONSE}"), True),
+        (table("prompt", RESPONSE.upper()), True),
+        (table("prompt", RESPONSE.replace("forbidden", "<b>forbidden</b>")), True),
+        (table("prompt", RESPONSE[:50] + "..."), False),
+        (printed(RESPONSE.replace(" a ", "\na ")), False),
+    ],
+)
+def test_a_completion_is_found(output, whole):
+    texts, typed = output_texts(made_up(output)), ["typed by a person"]
+    assert repeated(texts, said_by_models([RESPONSE], typed))
+    if whole:  # then also on a machine that has kept no responses
+        assert untyped(texts, typed_runs(typed))
+
+
+@pytest.mark.parametrize(
+    "output, response",
+    [
+        (printed("To open the forbidden ..."), RESPONSE),  # its first words
+        (printed(STOCK_REFUSALS[0]), STOCK_REFUSALS[0]),  # what people typed
+        (table("without SCU", "98 (93 to 99)", "12.1"), RESPONSE),
+        (printed("Pruning 54 units raises attack success from 2 % to 98 % here."), RESPONSE),
+    ],
+)
+def test_what_is_no_completion_is_left_alone(output, response):
+    typed = [
+        *STOCK_REFUSALS,
+        "f'Pruning {n} units raises attack success from {a:.0%} to {b} here.'",
+    ]
+    texts = output_texts(made_up(output))
+    assert not repeated(texts, said_by_models([response], typed))
+    assert not untyped(texts, typed_runs(typed))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/work/main/x.csv",
+        "in /root/.cache",
+        "'/home/ann/runs'",
+        "file:///tmp/x",
+        "a/site-packages/b",
+    ],
+)
+def test_a_path_is_found_in_whatever_kind_of_output(text):
+    svg = new_output("display_data", data={"image/svg+xml": f"<svg><text>{text}</text></svg>"})
+    for output in (printed(f"saved {text}"), table(text), svg):
+        assert places(output_texts(made_up(output)))
+
+
+def test_what_is_no_path_of_a_machine_is_left_alone():
+    picture = new_output("display_data", data={"image/png": "iVBO/work/tmp/root/AAAA"})
+    web = "see https://example.org/home/page and runs/alone/figures, 3/4 or a/tmp"
+    assert not places(output_texts(made_up(picture, printed(web))))
+
+
+def test_an_error_is_found():
+    failed = new_output("error", ename="ValueError", evalue="no", traceback=["..."])
+    assert errors(made_up(failed)) == ["ValueError"]
+    assert errors(made_up(printed("Traceback (most recent call last):\n  ...")))
+    assert not errors(made_up(printed("fine")))
+
+
+def test_a_changed_cell_is_found():
+    notebook = made_up(printed("1"))
+    assert not stale_cells(notebook, source_hash)
+    notebook.cells[1].source += "  # changed"
+    assert stale_cells(notebook, source_hash) == ["show(table)  # changed"]
+    del notebook.cells[1].metadata["source_hash"]
+    assert stale_cells(notebook, source_hash)  # an output of unknown origin
+    notebook.cells[1].outputs = []
+    assert not stale_cells(notebook, source_hash)
+
+
+def test_the_bars_are_measured_as_they_are_meant():
+    notebook = made_up(
+        prose=r"The score is $a$, and $$b = \frac{1}{2}$$ " + image("drawings/x.svg")
+    )
+    assert (formulas(notebook), drawings(notebook), images(notebook)) == (2, 1, ["drawings/x.svg"])
+    assert prose_share(made_up(source="x" * 10, prose="y" * 8)) == 0.8
+    assert lengths(made_up(source="a = 1\nb = 2\n\nc = 3")) == (4, 4)
+    assert formulas(made_up(prose="`$HOME` costs 5 $")) == 0
+
+    shown = made_up(printed("1"))
+    shown.cells += [
+        new_code_cell("import a\nfrom b import c"),
+        new_code_cell("#| export\ndef f(): ..."),
+        new_code_cell("seed = 1  # seed", metadata={"tags": ["parameters"]}),
+        new_code_cell("assert f() == 1"),
+    ]
+    assert [cell.source for cell in for_the_reader(shown)] == ["show(table)", "assert f() == 1"]
+    assert shown_share(shown) == 0.5
+
+
+def test_made_up_notebooks_are_valid():
+    nbformat.validate(made_up(printed("1"), table("a", "b")))
