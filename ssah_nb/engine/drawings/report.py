@@ -53,7 +53,9 @@ def in_words(
     sign = "" if unit == "share" else "+"
     texts = []
     for number in (scale * value, scale * low, scale * high):
-        shown = digits if round(number, digits) or not number else digits + 1  # −0.2, not −0
+        shown = digits
+        while number and not round(number, shown) and shown < digits + 3:
+            shown += 1  # −0.2, not −0
         texts.append(f"{number:{sign}.{shown}f}".replace("-", "−"))
     return f"{texts[0]}{UNIT_WORDS[unit]} ({texts[1]} to {texts[2]})"
 
