@@ -6,7 +6,7 @@ from .attribution import METHODS, Importance, importance
 from .budget import redundant_units, train_only
 from .classes import classify, load_pruned, prune, pruned, search_scu
 from .engine.alignment import STOCK_REFUSALS, alignment_pairs
-from .engine.data import load_pairs
+from .engine.data import embedded_splits, load_pairs
 from .engine.evaluation import (
     attack_success,
     coherence,
