@@ -1,13 +1,12 @@
 """Wall minutes and peak memory of a whole command: `python benchmarks/commands.py make reproduce`.
 
-Adds a row to benchmarks/results/commands.csv, so that the spread between runs is seen; a command that failed or was killed before
-goes on, so the minutes of its row are added to. Memory is the summed proportional set size (pages that
-processes share count once) of the command and everything that it starts, sampled every two seconds; on systems without it, the
-summed resident set size.
+Adds a row to benchmarks/results/commands.csv, so that the spread between runs is seen. A command
+that failed or was killed before goes on, so the minutes of its row are added to. Memory is the
+summed proportional set size (pages that processes share count once) of the command and everything
+that it starts, sampled every two seconds; on systems without it, the summed resident set size.
 """
 
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path

@@ -1,10 +1,12 @@
-"""Times a training step with frozen units against the full step, beside the way of others: full gradients, multiplied by a mask.
+"""Times a training step with frozen units against the full step.
 
-    python benchmarks/freezing.py                      # two random layers of that model's width: about a minute
-    python benchmarks/freezing.py --model embedded     # SmolLM2-135M-Instruct: about ten minutes on two cores
+    python benchmarks/freezing.py                     # two random layers of that model's width
+    python benchmarks/freezing.py --model embedded    # SmolLM2-135M-Instruct: about ten minutes
 
-f is the frozen share of the parameters that a step multiplies by, the head included. A step multiplies three times with each
-of them, and one of the three is the weight gradient: the bar is (1 - f/3) of the full step's time, and 10 % for all the rest.
+Beside them stands the way of others: full gradients, multiplied by a mask. f is the frozen share of
+the parameters that a step multiplies by, the head included. A step multiplies three times with each
+of them, and one of the three is the weight gradient: the bar is (1 - f/3) of the full step's time,
+and 10 % for all the rest.
 """
 
 import argparse
@@ -15,11 +17,10 @@ import time
 import torch
 from torch import nn
 
-from ssah_nb.units import UnitMask
-from ssah_nb.freezing import freeze, frozen_rows_and_columns, merge
 from ssah_nb.engine.models import load_model, tiny_model
-from ssah_nb.units import depth_two, unit_parameters
 from ssah_nb.engine.run import processor, set_seed
+from ssah_nb.freezing import freeze, frozen_rows_and_columns, merge
+from ssah_nb.units import UnitMask, depth_two, unit_parameters
 
 SMALL = dict(
     vocab_size=1024,
@@ -42,39 +43,29 @@ def linear_parameters(model: nn.Module, trained: bool = False) -> int:
 
 
 def random_units(model: nn.Module, f: float) -> tuple[UnitMask, bool]:
-    "Random channels and whole groups of heads that bring the frozen share to `f`, and whether the head must be frozen too."
-    modules, size, head, total = (
-        depth_two(model),
-        unit_parameters(model),
-        model.get_output_embeddings().weight.numel(),
-        linear_parameters(model),
-    )
+    """Random channels and whole groups of heads that bring the frozen share to `f`.
+
+    The second says whether the head must be frozen too.
+    """
+    modules, size = depth_two(model), unit_parameters(model)
+    head, total = model.get_output_embeddings().weight.numel(), linear_parameters(model)
     rest = f * total > 0.99 * (total - head)
     wanted = f * total - head * rest
 
     def draw(kind: str, parameters: float) -> torch.Tensor:
-        layers, (units, group) = (
-            len(modules[kind]),
-            (modules[kind][0].units, modules[kind][0].group),
-        )
-        chosen = torch.randperm(layers * units // group) < round(parameters / (size[kind] * group))
-        return chosen.view(layers, -1).repeat_interleave(group, 1)
+        layers, first = len(modules[kind]), modules[kind][0]
+        chosen = round(parameters / (size[kind] * first.group))
+        order = torch.randperm(layers * first.units // first.group)
+        return (order < chosen).view(layers, -1).repeat_interleave(first.group, 1)
 
-    attention = draw(
-        "attention",
-        wanted
-        * size["attention"]
-        * modules["attention"][0].units
-        * len(modules["attention"])
-        / (total - head),
-    )
-    return UnitMask(
-        draw("mlp", wanted - float(attention.sum()) * size["attention"]), attention
-    ), rest
+    heads = modules["attention"][0].units * len(modules["attention"])
+    attention = draw("attention", wanted * size["attention"] * heads / (total - head))
+    channels = draw("mlp", wanted - float(attention.sum()) * size["attention"])
+    return UnitMask(channels, attention), rest
 
 
 def mask_gradients(model: nn.Module, mask: UnitMask, rest: bool):
-    "The way of others: the whole gradient is computed, and the frozen units' part of it is then set to zero."
+    "The way of others: the whole gradient, of which the frozen units' part is set to zero."
     for name, (frozen, dim) in frozen_rows_and_columns(model, mask).items():
         kept = (~frozen).float().view((-1, 1) if dim == 0 else (1, -1)).to(model.device)
         model.get_submodule(name).weight.register_hook(lambda grad, kept=kept: grad * kept)
@@ -105,19 +96,34 @@ def optimizer_memory(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
+def three_ways(model: nn.Module, mask: UnitMask, rest: bool) -> dict[str, nn.Module]:
+    "The full model, one whose gradients are masked, and one whose units are frozen."
+    ways = {way: copy.deepcopy(model) for way in ("full", "masked", "frozen")}
+    mask_gradients(ways["masked"], mask, rest)
+    freeze(ways["frozen"], mask, rest=rest)
+    return ways
+
+
+def frozen_share(frozen: nn.Module, total: int) -> float:
+    "f as it came out."
+    parts = [p for n, p in frozen.named_parameters() if n.endswith("trained_weight")]
+    return 1 - (linear_parameters(frozen, trained=True) + sum(p.numel() for p in parts)) / total
+
+
+def unchanged(after: nn.Module, before: nn.Module, mask: UnitMask) -> bool:
+    "Whether all bits of the masked units are as they were."
+    pairs = [
+        [m.get_submodule(n).weight.movedim(dim, 0)[rows.to(before.device)] for m in (after, before)]
+        for n, (rows, dim) in frozen_rows_and_columns(before, mask).items()
+    ]
+    return all(torch.equal(*pair) for pair in pairs)
+
+
 def measure(model: nn.Module, f: float, batches: list[torch.Tensor], clock) -> dict:
     "One row: the three ways take turns on the same batches."
     mask, rest = random_units(model, f)
-    ways = {
-        "full": copy.deepcopy(model),
-        "masked": copy.deepcopy(model),
-        "frozen": freeze(copy.deepcopy(model), mask, rest=rest),
-    }
-    mask_gradients(ways["masked"], mask, rest)
-    total = linear_parameters(model)
-    left = linear_parameters(ways["frozen"], trained=True) + sum(
-        p.numel() for n, p in ways["frozen"].named_parameters() if n.endswith("trained_weight")
-    )
+    ways = three_ways(model, mask, rest)
+    f = frozen_share(ways["frozen"], linear_parameters(model))
     optimizers = {
         way: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)
         for way, m in ways.items()
@@ -126,86 +132,81 @@ def measure(model: nn.Module, f: float, batches: list[torch.Tensor], clock) -> d
     for ids in batches:
         for way, m in ways.items():
             taken[way].append(seconds(m, optimizers[way], ids, clock))
-    ratio = {
-        way: statistics.median(a / b for a, b in zip(t[1:], taken["full"][1:]))
-        for way, t in taken.items()
-    }  # without the first steps, which allocate
-    memory = {
-        way: optimizer_memory(o) / optimizer_memory(optimizers["full"])
-        for way, o in optimizers.items()
-    }
-    before, kept = model.state_dict(), {}
-    for way, m in ways.items():
-        after = (merge(m) if way == "frozen" else m).state_dict()
-        kept[way] = all(
-            torch.equal(
-                *(s[f"{n}.weight"].movedim(dim, 0)[rows.to(model.device)] for s in (after, before))
-            )
-            for n, (rows, dim) in frozen_rows_and_columns(model, mask).items()
-        )
-    f = 1 - left / total
+    taken = {way: t[1:] for way, t in taken.items()}  # the first steps allocate
+    memory = {way: optimizer_memory(o) for way, o in optimizers.items()}
+    merge(ways["frozen"])
+
+    def ratio(way: str) -> float:
+        return statistics.median(a / b for a, b in zip(taken[way], taken["full"]))
+
     return {
         "f": f,
         "rest": rest,
-        "full_seconds": statistics.median(taken["full"][1:]),
-        "time": ratio["frozen"],
+        "full_seconds": statistics.median(taken["full"]),
+        "time": ratio("frozen"),
         "time_bar": (1 - f / 3) * 1.1,
-        "masked_time": ratio["masked"],
-        "memory": memory["frozen"],
+        "masked_time": ratio("masked"),
+        "memory": memory["frozen"] / memory["full"],
         "memory_bar": (1 - f) * 1.05,
-        "masked_memory": memory["masked"],
-        "kept": kept["frozen"],
-        "masked_kept": kept["masked"],
+        "masked_memory": memory["masked"] / memory["full"],
+        "kept": unchanged(ways["frozen"], model, mask),
+        "masked_kept": unchanged(ways["masked"], model, mask),
     }
 
 
-def main(arguments: list[str] | None = None) -> list[dict]:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default="tiny", help="'tiny', 'embedded', a hub id, a folder or a .gguf file"
+    add = parser.add_argument
+    shares = [0.07, 0.28, 0.72, 0.80]
+    add("--model", default="tiny", help="'tiny', 'embedded', a hub id, a folder or a .gguf file")
+    add("--shares", type=float, nargs="+", default=shares, help="frozen shares f")
+    add("--steps", type=int, default=7, help="steps that are timed, of each way")
+    add("--rows", type=int, default=8, help="rows of a batch")
+    add("--tokens", type=int, default=64, help="tokens of a row")
+    add("--threads", type=int, help="of the CPU; default: torch's own choice")
+    own_time = "'cpu' counts the process's own time, for a CPU that others use too"
+    add("--clock", choices=["wall", "cpu"], default="wall", help=own_time)
+    return parser.parse_args(arguments)
+
+
+def described(r: dict) -> str:
+    "A row as a line."
+
+    def against(value: float, bar: float) -> str:
+        return f"{value:.3f} (bar {bar:.3f}, {'met' if value <= bar else 'NOT met'})"
+
+    return (
+        f"f = {r['f']:.3f}{' with head, embeddings and norms' if r['rest'] else ''}: "
+        f"step {against(r['time'], r['time_bar'])} of the full {r['full_seconds']:.3f} s, "
+        f"masked gradient {r['masked_time']:.3f}; "
+        f"optimizer memory {against(r['memory'], r['memory_bar'])}, "
+        f"masked {r['masked_memory']:.3f}; "
+        f"frozen bits {'kept' if r['kept'] else 'CHANGED'}, "
+        f"masked {'kept' if r['masked_kept'] else 'changed'}"
     )
-    parser.add_argument(
-        "--shares", type=float, nargs="+", default=[0.07, 0.28, 0.72, 0.80], help="frozen shares f"
-    )
-    parser.add_argument("--steps", type=int, default=7, help="steps that are timed, of each way")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of a row")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
-    parser.add_argument(
-        "--clock",
-        choices=["wall", "cpu"],
-        default="wall",
-        help="'cpu' counts the process's own time, for a CPU that others use too",
-    )
-    options, results = parser.parse_args(arguments), []
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    options, results = parse(arguments), []
     if options.threads:
         torch.set_num_threads(options.threads)
     set_seed(0)
-    model = (
-        tiny_model(tie_word_embeddings=True, **SMALL)
-        if options.model == "tiny"
-        else load_model(options.model)[0]
-    )
+    if options.model == "tiny":
+        model = tiny_model(tie_word_embeddings=True, **SMALL)
+    else:
+        model, _ = load_model(options.model)
     model.train()
     clock = time.perf_counter if options.clock == "wall" else time.process_time
-    batches = [
-        torch.randint(0, 256, (options.rows, options.tokens), device=model.device)
-        for _ in range(options.steps + 1)
-    ]
+    size = (options.rows, options.tokens)
+    batches = [torch.randint(0, 256, size, device=model.device) for _ in range(options.steps + 1)]
     print(
-        f"{options.model} in {model.dtype} on {processor(model.device)}, {torch.get_num_threads()} thread(s), AdamW, {options.rows} x {options.tokens} tokens a step, {options.steps} steps, {options.clock} time"
-    )
-    verdict = lambda value, bar: (
-        f"{value:.3f} (bar {bar:.3f}, {'met' if value <= bar else 'NOT met'})"
+        f"{options.model} in {model.dtype} on {processor(model.device)}, "
+        f"{torch.get_num_threads()} thread(s), AdamW, {options.rows} x {options.tokens} tokens a "
+        f"step, {options.steps} steps, {options.clock} time"
     )
     for share in options.shares:
-        r = measure(model, share, batches, clock)
-        results.append(r)
-        print(
-            f"f = {r['f']:.3f}{' with head, embeddings and norms' if r['rest'] else ''}: step {verdict(r['time'], r['time_bar'])} of the full {r['full_seconds']:.3f} s, masked gradient {r['masked_time']:.3f}; "
-            f"optimizer memory {verdict(r['memory'], r['memory_bar'])}, masked {r['masked_memory']:.3f}; frozen bits {'kept' if r['kept'] else 'CHANGED'}, masked {'kept' if r['masked_kept'] else 'changed'}",
-            flush=True,
-        )
+        results.append(measure(model, share, batches, clock))
+        print(described(results[-1]), flush=True)
     return results
 
 

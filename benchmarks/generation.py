@@ -1,48 +1,43 @@
-"""Times our greedy generation against `model.generate` on the same prompts, padded in one batch, and compares the tokens.
+"""Times our greedy generation against `model.generate` on the same prompts in one padded batch.
 
-    python benchmarks/generation.py                      # a tiny random model: seconds, only to see that it works
-    python benchmarks/generation.py --model embedded     # SmolLM2-135M-Instruct on 100 AdvBench prompts: about two minutes on two cores
+    python benchmarks/generation.py                     # a tiny random model: seconds
+    python benchmarks/generation.py --model embedded    # SmolLM2-135M-Instruct: some minutes
 
-The gain grows with the length of the shared prefix (the system prompt), with how much the prompts differ in length, and with the rows that
-end early; where none of these is, both ways do the same matrix products and take about as long.
+Ours is `model.generate`, too, in batches sorted by length. So the gain is the padding that is saved
+and the batches that end early: it grows with how much the prompts differ in length. The tokens of
+both are compared, row by row.
 """
 
 import argparse
+import itertools
 import time
 
 import torch
 
+from ssah_nb.engine.batches import encode_prompts
 from ssah_nb.engine.data import load_pairs
 from ssah_nb.engine.evaluation import SYSTEM_PROMPTS
-from ssah_nb.engine.generation import evaluating, greedy_tokens, stop_ids, texts
-from ssah_nb.evaluation import shared_prefix
-from ssah_nb.engine.batches import encode_prompts
+from ssah_nb.engine.generation import (
+    evaluating,
+    greedy_settings,
+    greedy_tokens,
+    stop_ids,
+    texts,
+)
 from ssah_nb.engine.models import load_model
 from ssah_nb.engine.run import processor, set_seed, show_progress
 
 
-def transformers_tokens(
-    model, encoded: list[list[int]], stop: list[int], max_new_tokens: int
-) -> list[list[int]]:
-    "`model.generate` on all prompts in one left-padded batch; each row cut at its first end token."
+def one_batch(model, encoded: list[list[int]], stop: list[int], most: int) -> list[list[int]]:
+    "All prompts in one left-padded batch; each row is cut at its first end token."
     longest = max(map(len, encoded))
     ids = torch.tensor([[stop[0]] * (longest - len(e)) + e for e in encoded], device=model.device)
     mask = torch.tensor(
         [[0] * (longest - len(e)) + [1] * len(e) for e in encoded], device=model.device
     )
-    with evaluating(model):
-        new = model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop,
-            pad_token_id=stop[0],
-        )
-    rows = new[:, longest:].tolist()
-    return [
-        row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in rows
-    ]
+    with evaluating(model), greedy_settings(model, stop, most):
+        new = model.generate(ids, attention_mask=mask)[:, longest:].tolist()
+    return [list(itertools.takewhile(lambda token: token not in stop, row)) for row in new]
 
 
 def seconds(run, device: torch.device) -> tuple[float, list[list[int]]]:
@@ -53,69 +48,59 @@ def seconds(run, device: torch.device) -> tuple[float, list[list[int]]]:
     return time.perf_counter() - start, result
 
 
-def main(arguments: list[str] | None = None) -> list[dict]:
+def measure(model, encoded: list[list[int]], stop: list[int], options) -> dict:
+    "Seconds of both ways, which take turns; the faster run of each counts."
+    most = options.max_new_tokens
+    ways = {
+        "one_batch": lambda: one_batch(model, encoded, stop, most),
+        "ours": lambda: greedy_tokens(model, encoded, stop, most, options.batch_size),
+    }
+    for run in (greedy_tokens, one_batch):
+        run(model, encoded[:2], stop, 2)  # first calls are slow for reasons of their own
+    taken, tokens = dict.fromkeys(ways, float("inf")), {}
+    for way, run in list(ways.items()) * options.repeats:
+        elapsed, tokens[way] = seconds(run, model.device)
+        taken[way] = min(taken[way], elapsed)
+    equal = sum(a == b for a, b in zip(*tokens.values()))
+    ratio = taken["one_batch"] / taken["ours"]
+    return {**taken, "ratio": ratio, "equal": equal, "rows": len(encoded)}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default="tiny", help="'tiny', 'embedded', a hub id, a folder or a .gguf file"
-    )
-    parser.add_argument(
-        "--prompts", help="data set of the prompts; default: toy_harmful for 'tiny', else advbench"
-    )
-    parser.add_argument("--rows", type=int, default=100, help="prompts, all in one batch")
-    parser.add_argument("--max-new-tokens", type=int, default=24)
-    parser.add_argument(
-        "--system",
-        nargs="+",
-        default=["none", "short"],
-        choices=["none", *SYSTEM_PROMPTS],
-        help="system prompts to measure with",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=1,
-        help="the two ways take turns; the faster run of each counts",
-    )
-    options, results = parser.parse_args(arguments), []
+    add = parser.add_argument
+    add("--model", default="tiny", help="'tiny', 'embedded', a hub id, a folder or a .gguf file")
+    add("--prompts", help="data set; default: toy_harmful for 'tiny', else advbench")
+    add("--rows", type=int, default=100, help="prompts")
+    add("--batch-size", type=int, default=32, help="prompts side by side, in our way")
+    add("--max-new-tokens", type=int, default=24)
+    systems = ["none", *SYSTEM_PROMPTS]
+    add("--system", nargs="+", default=["none", "short"], choices=systems, help="system prompts")
+    add("--repeats", type=int, default=1, help="runs of each way")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    options, results = parse(arguments), []
     show_progress(False)
     set_seed(0)
     model, tokenizer = load_model(options.model)
-    prompts = texts(
-        load_pairs(options.prompts or ("toy_harmful" if options.model == "tiny" else "advbench"))
-    )[: options.rows]
-    stop, n = stop_ids(model, tokenizer), options.max_new_tokens
+    data = options.prompts or ("toy_harmful" if options.model == "tiny" else "advbench")
+    prompts, stop = texts(load_pairs(data))[: options.rows], stop_ids(model, tokenizer)
     print(
-        f"{options.model} in {model.dtype} on {processor(model.device)}, {torch.get_num_threads()} thread(s), {len(prompts)} prompts, up to {n} new tokens"
+        f"{options.model} in {model.dtype} on {processor(model.device)}, "
+        f"{torch.get_num_threads()} thread(s), {len(prompts)} prompts, "
+        f"up to {options.max_new_tokens} new tokens"
     )
     for name in options.system:
-        encoded = encode_prompts(
-            tokenizer, prompts, None if name == "none" else SYSTEM_PROMPTS[name]
-        )
-        ways = {
-            "transformers": lambda: transformers_tokens(model, encoded, stop, n),
-            "ours": lambda: greedy_tokens(model, encoded, stop, n, len(encoded)),
-        }
-        for run in (greedy_tokens, transformers_tokens):
-            run(model, encoded[:2], stop, 2)  # first calls are slow for reasons of their own
-        taken, tokens = {way: float("inf") for way in ways}, {}
-        for _ in range(options.repeats):
-            for way, run in ways.items():
-                elapsed, tokens[way] = seconds(run, model.device)
-                taken[way] = min(taken[way], elapsed)
-        equal = sum(a == b for a, b in zip(*tokens.values()))
-        results.append(
-            {
-                "system": name,
-                **taken,
-                "ratio": taken["transformers"] / taken["ours"],
-                "equal": equal,
-                "rows": len(encoded),
-            }
-        )
+        encoded = encode_prompts(tokenizer, prompts, SYSTEM_PROMPTS.get(name))
+        found = {"system": name} | measure(model, encoded, stop, options)
+        results.append(found)
         print(
-            f"system prompt {name}: {min(map(len, encoded))}-{max(map(len, encoded))} tokens per prompt, {shared_prefix(encoded)} of them shared; "
-            f"model.generate {taken['transformers']:.2f} s, ours {taken['ours']:.2f} s, {results[-1]['ratio']:.2f} times faster; "
-            f"the same tokens for {equal} of {len(encoded)} prompts"
+            f"system prompt {name}, {min(map(len, encoded))} to {max(map(len, encoded))} tokens: "
+            f"one batch {found['one_batch']:.2f} s, ours {found['ours']:.2f} s, "
+            f"{found['ratio']:.2f} times as fast; the same tokens for {found['equal']} of "
+            f"{found['rows']} prompts"
         )
     return results
 

@@ -1,10 +1,11 @@
 """Attribution and freezing on a GPU, on a random model of Llama-2-7B's shape in bfloat16.
 
-    python benchmarks/gpu.py                          # a GPU with 80 GB: some minutes; benchmarks/results/gpu.csv
+    python benchmarks/gpu.py                              # 80 GB: benchmarks/results/gpu.csv
     python benchmarks/gpu.py --shape tiny --device cpu    # seconds, only to see that it works
 
-Attribution is measured against a bare forward pass of the decoder stack over the same batches, and the pass against the chip's own rate of
-bfloat16 matrix products. A training step is measured with the shares f of its multiplied parameters frozen: 0, 0.28 and 0.80.
+Attribution is measured against a bare forward pass of the decoder stack over the same batches, and
+the pass against the chip's own rate of bfloat16 matrix products. A training step is measured with
+the shares f of its multiplied parameters frozen: 0, 0.28 and 0.80. On a GPU it takes minutes.
 """
 
 import argparse
@@ -15,14 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from freezing import linear_parameters, optimizer_memory, random_units
+from freezing import frozen_share, linear_parameters, optimizer_memory, random_units
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ssah_nb.engine.scores import METHODS, collect_moments
-from ssah_nb.units import depth_two
-from ssah_nb.freezing import freeze
 from ssah_nb.engine.batches import TokenBatch, decoder
 from ssah_nb.engine.run import processor, show_progress
+from ssah_nb.engine.scores import METHODS, collect_moments
+from ssah_nb.freezing import freeze
 
 SHAPES = {
     "llama2-7b": dict(
@@ -74,28 +74,31 @@ def peak_gb(device: str, reset: bool = False) -> float:
     return torch.cuda.max_memory_allocated() / 1e9
 
 
+def matmul_rate(options: argparse.Namespace) -> float:
+    "Floating point operations per second in a large bfloat16 matrix product."
+    size = 8192 if options.shape != "tiny" else 256
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=options.device) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, options.device, options.repeats)
+
+
 def attribution(model: PreTrainedModel, options: argparse.Namespace) -> list[dict]:
-    "Tokens per second of the bare pass and of attribution, and the share of the chip's matmul rate that the bare pass reaches."
-    device, size = options.device, 8192 if options.shape != "tiny" else 256
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    rate = 2 * size**3 / seconds(lambda: a @ b, device, options.repeats)
+    "Tokens per second of the bare pass and of attribution, and their share of the matmul rate."
+    device, rate = options.device, matmul_rate(options)
     ids = torch.randint(0, 256, (options.rows, options.tokens), device=device)
-    batch = TokenBatch(
-        ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool), list(range(len(ids)))
-    )
+    all_tokens = torch.ones_like(ids)
+    batch = TokenBatch(ids, all_tokens, all_tokens.bool(), list(range(len(ids))))
 
     @torch.no_grad()
     def forward():
-        decoder(model)(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False)
+        decoder(model)(input_ids=ids, attention_mask=all_tokens, use_cache=False)
 
-    rows, flops = (
-        [],
-        2 * (linear_parameters(model) - model.get_output_embeddings().weight.numel()) * ids.numel(),
-    )
-    for name, run in {
-        "forward": forward,
-        "attribution": lambda: collect_moments(model, depth_two(model), [batch], METHODS["flap"]),
-    }.items():
+    def score():
+        collect_moments(model, [batch], METHODS["flap"], "response")
+
+    head = model.get_output_embeddings().weight.numel()
+    flops = 2 * (linear_parameters(model) - head) * ids.numel()
+    rows = []
+    for name, run in {"forward": forward, "attribution": score}.items():
         peak_gb(device, reset=True)
         taken = seconds(run, device, options.repeats)
         rows.append(
@@ -118,16 +121,7 @@ def step(f: float, options: argparse.Namespace) -> dict:
     if f:
         mask, rest = random_units(model, f)
         freeze(model, mask, rest=rest)
-        f = (
-            1
-            - (
-                linear_parameters(model, trained=True)
-                + sum(
-                    p.numel() for n, p in model.named_parameters() if n.endswith("trained_weight")
-                )
-            )
-            / total
-        )
+        f = frozen_share(model, total)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(0, 256, (options.rows, options.tokens), device=options.device)
 
@@ -148,28 +142,8 @@ def step(f: float, options: argparse.Namespace) -> dict:
     }
 
 
-def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="llama2-7b", choices=list(SHAPES))
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument(
-        "--shares", type=float, nargs="+", default=[0.0, 0.28, 0.80], help="frozen shares f"
-    )
-    parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; use --device cpu --shape tiny to try the script")
-    show_progress(False)
-    model = random_model(options.shape, options.device).eval()
-    rows = attribution(model, options)
-    del model
-    for f in options.shares:
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-        rows.append(step(f, options))
+def compared(rows: list[dict]) -> list[dict]:
+    "The rows, each with its ratio to the full training step, and with its bar."
     full = next((r for r in rows if r.get("f") == 0), None)
     for r in rows:
         if full and "f" in r:
@@ -180,7 +154,36 @@ def main(arguments: list[str] | None = None):
             }
         elif r["what"] == "attribution":
             r["bar"] = 1.15
-    table = pd.DataFrame(rows).assign(
+    return rows
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--shape", default="llama2-7b", choices=list(SHAPES))
+    add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--shares", type=float, nargs="+", default=[0.0, 0.28, 0.80], help="frozen shares f")
+    add("--rows", type=int, default=4, help="rows of a batch")
+    add("--tokens", type=int, default=512, help="tokens of a row")
+    add("--repeats", type=int, default=5)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; use --device cpu --shape tiny to try the script")
+    return options
+
+
+def main(arguments: list[str] | None = None):
+    options = parse(arguments)
+    show_progress(False)
+    model = random_model(options.shape, options.device).eval()
+    rows = attribution(model, options)
+    del model
+    for f in options.shares:
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        rows.append(step(f, options))
+    table = pd.DataFrame(compared(rows)).assign(
         shape=options.shape,
         chip=processor(options.device),
         batch=f"{options.rows} x {options.tokens}",
