@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_DATA', 'toy_harmful', 'toy_benign', 'read_from_hub', 'hub_rows', 'wheel_rows', 'rows_of', 'load_pairs',
-           'named_splits', 'load_splits', 'local_task_file', 'count_rows', 'source_row', 'source_table']
+           'named_splits', 'embedded_splits', 'load_splits', 'local_task_file', 'count_rows', 'source_row',
+           'source_table']
 
 # %% ../../nbs/engine/data.ipynb #data-002
 from pathlib import Path
@@ -158,6 +159,11 @@ def named_splits(
     return make_splits(**parts, seed=seed, sizes=sizes, max_words=max_words)
 
 
+def embedded_splits(seed: int = 1) -> Splits:
+    "The splits of the embedded model; seed 1: those that `load_model('aligned')` is made with."
+    return named_splits(**EMBEDDED_DATA, seed=seed)
+
+
 def load_splits(run: Run) -> Splits:  # the run
     "The splits of this run. Raises `SsahError` when they are not there and cannot be made."
     path = run.path("splits.json")
@@ -169,7 +175,7 @@ def load_splits(run: Run) -> Splits:  # the run
         raise SsahError(
             f"no splits in {path}; run chapter 00_start, or `make reproduce PROFILE={run.profile}`"
         )
-    splits = named_splits(**EMBEDDED_DATA, seed=run.parameters.get("seed", 1))
+    splits = embedded_splits(run.parameters.get("seed", 1))
     splits.save(path)
     return splits
 
