@@ -10,11 +10,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import run_chapter
 
 ROOT = Path(__file__).parent.parent
 # two chapters are enough: the target of the throwaway runs is the second
-NAMES = ["00_setup", "01_models"]
-TARGET = "runs/smoke/notebooks/01_models.ipynb"
+NAMES = ["00_start", "01_units"]
+TARGET = "runs/smoke/notebooks/01_units.ipynb"
 PARAMETERS = "workflow/profiles/smoke/parameters.yaml"
 # under `make test`, too, a command is what a user types
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
@@ -22,126 +23,167 @@ for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
 
 
 def command(*arguments):
-    return [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--workflow-profile",
-        "workflow/profiles/smoke",
-        *arguments,
-    ]
+    profile = "workflow/profiles/smoke"
+    return [sys.executable, "-m", "snakemake", "--workflow-profile", profile, *arguments]
 
 
 def run(arguments, cwd, **options):
-    return subprocess.run(
-        arguments,
-        cwd=cwd,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=900,
-        **options,
-    )
+    both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(arguments, cwd=cwd, text=True, timeout=900, **both, **options)
 
 
 def cells(*sources):
-    notebook = nbformat.v4.new_notebook(
-        metadata={
-            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
-        }
-    )
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
     notebook.cells[0].metadata["tags"] = ["parameters"]
     return notebook
 
 
+PARAMETERS_CELL = """
+profile = "smoke"  # name of the run
+seed = 1  # seed
+seconds = 0  # how long to wait
+"""
+START_CELL = """
+import os, time
+with open("runs/order.txt", "a") as order:
+    order.write("{name}\\n")
+time.sleep(seconds)
+"""
+END_CELL = """
+machine = os.environ.get("SSAH_DEVICE"), os.environ.get("SSAH_MIXED")
+open("runs/{name}.csv", "w").write(f"seed,device,mixed\\n{{seed}},{{machine[0]}},{{machine[1]}}\\n")
+"""
+
+
 @pytest.fixture
 def project(tmp_path):
-    """The real workflow around two small chapters; each writes a line to runs/order.txt when it starts and a result when it ends."""
-    shutil.copytree(
-        ROOT / "workflow", tmp_path / "workflow", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    """The real workflow around two small chapters.
+
+    Each writes a line to runs/order.txt when it starts, and a result when it ends.
+    """
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow", ignore=ignore)
     (tmp_path / PARAMETERS).write_text("common: {profile: smoke, seed: 0}\n")
     (tmp_path / "nbs").mkdir()
     for name in NAMES:
-        notebook = cells(
-            'profile = "smoke"  # name of the run\nseed = 1  # seed\nseconds = 0  # how long to wait',
-            f'import time\nwith open("runs/order.txt", "a") as order:\n    order.write("{name}\\n")\ntime.sleep(seconds)',
-            f'open("runs/{name}.csv", "w").write(f"seed\\n{{seed}}\\n")',
-        )
-        nbformat.write(notebook, tmp_path / "nbs" / f"{name}.ipynb")
+        code = [cell.strip().format(name=name) for cell in (START_CELL, END_CELL)]
+        nbformat.write(cells(PARAMETERS_CELL.strip(), *code), tmp_path / f"nbs/{name}.ipynb")
     return tmp_path
 
 
 def test_unknown_profile_is_one_line():
     result = run(["make", "known-profile", "PROFILE=nope"], ROOT)
     assert result.returncode != 0
-    assert (
-        result.stdout.splitlines()[0]
-        == "error: unknown PROFILE 'nope'; known: embedded extended llama2-7b smoke"
-    )
+    known = "embedded extended llama2-7b smoke"
+    assert result.stdout.splitlines()[0] == f"error: unknown PROFILE 'nope'; known: {known}"
 
 
 @pytest.mark.parametrize(
     "line, words",
     [
         (
-            "01_models: {sed: 3}",
-            ["01_models has no parameter 'sed'", "it has: profile, seed, seconds"],
+            "01_units: {sed: 3}",
+            ["01_units has no parameter 'sed'", "it has: profile, seed, seconds"],
         ),
-        ("01_model: {seed: 3}", ["unknown chapter '01_model'", "known: 00_setup, 01_models"]),
+        ("01_unit: {seed: 3}", ["unknown chapter '01_unit'", "known: 00_start, 01_units"]),
         ("common: {sead: 3}", ["no chapter has the common parameter 'sead'"]),
+        ("machine: {devise: cpu}", ["machine has no devise", "it has: device, dtype, mixed"]),
     ],
 )
 def test_wrong_parameters_are_one_line(project, line, words):
     (project / PARAMETERS).write_text(line + "\n")
     result = run(command(TARGET), project)
-    errors = [
-        text for text in result.stdout.splitlines() if "Using workflow specific profile" not in text
-    ]
-    assert (
-        result.returncode != 0
-        and len(errors) == 1
-        and errors[0].startswith(f"error: {PARAMETERS}: ")
-    )
+    ours = "Using workflow specific profile"
+    errors = [text for text in result.stdout.splitlines() if ours not in text]
+    assert result.returncode != 0
+    assert len(errors) == 1 and errors[0].startswith(f"error: {PARAMETERS}: ")
     assert all(word in errors[0] for word in words)
     assert not (project / "runs").exists()
 
 
-def test_profile_that_extends_another_changes_what_it_names(project):
+@pytest.fixture
+def longer(project, monkeypatch):
+    "A profile that changes what it names of another one; its project is the current folder."
     folder = project / "workflow/profiles/longer"
     shutil.copytree(project / "workflow/profiles/smoke", folder)
-    (folder / "parameters.yaml").write_text(
-        "extends: smoke\ncommon: {profile: longer}\n01_models: {seed: 7}\n"
+    (project / PARAMETERS).write_text(
+        "common: {profile: smoke, seed: 0}\nmachine: {device: cpu, mixed: false}\n"
     )
-    code = "import sys; sys.path.insert(0, 'workflow'); from run_chapter import profile_parameters; print(profile_parameters('longer'))"
-    printed = run([sys.executable, "-c", code], project).stdout
-    assert eval(printed) == {
-        "00_setup": {"profile": "longer", "seed": 0},
-        "01_models": {"profile": "longer", "seed": 7},
+    (folder / "parameters.yaml").write_text(
+        "extends: smoke\ncommon: {profile: longer}\n01_units: {seed: 7}\nmachine: {mixed: true}\n"
+    )
+    monkeypatch.chdir(project)
+    return "longer"
+
+
+def test_profile_that_extends_another_changes_what_it_names(longer):
+    assert run_chapter.profile_parameters(longer) == {
+        "00_start": {"profile": "longer", "seed": 0},
+        "01_units": {"profile": "longer", "seed": 7},
     }
+    assert run_chapter.machine("smoke") == {"SSAH_DEVICE": "cpu", "SSAH_MIXED": "False"}
+    assert run_chapter.machine(longer) == {"SSAH_DEVICE": "cpu", "SSAH_MIXED": "True"}
+
+
+def test_a_chapter_runs_with_the_machine_of_its_profile(longer, project):
+    result = run([sys.executable, "workflow/run_chapter.py", longer, "01_units", "1"], project)
+    assert result.returncode == 0, result.stdout
+    assert (project / "runs/01_units.csv").read_text() == "seed,device,mixed\n7,cpu,True\n"
+
+
+@pytest.mark.parametrize("profile", ["embedded", "extended", "llama2-7b", "smoke"])
+def test_every_profile_names_parameters_that_the_chapters_have(profile, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parameters = run_chapter.profile_parameters(profile)
+    assert list(parameters) == run_chapter.chapters()
+    assert all(values["profile"] == profile for values in parameters.values() if values)
+    assert set(run_chapter.machine(profile)) <= {"SSAH_DEVICE", "SSAH_DTYPE", "SSAH_MIXED"}
+
+
+def tables(folder: Path, value: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("rates.csv", "MANIFEST.json", "rates.png"):
+        (folder / name).write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize("with_git", [False, True])
+def test_the_committed_tables_are_kept_aside(with_git, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tables(tmp_path / "figures/smoke", 1)
+    if with_git:
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for arguments in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "tables"]):
+            subprocess.run(["git", *arguments], check=True)
+        tables(tmp_path / "figures/smoke", 2)  # a run has written since
+    kept = tmp_path / "runs/smoke/committed"
+    tables(kept, 3)
+    (kept / "old.csv").write_text("from a run before")
+    run_chapter.keep_committed("smoke")
+    assert sorted(path.name for path in kept.iterdir()) == ["MANIFEST.json", "rates.csv"]
+    assert (kept / "rates.csv").read_text() == "1\n"
+    run_chapter.keep_committed("never")  # a profile without figures
+    assert list((tmp_path / "runs/never/committed").iterdir()) == []
 
 
 def test_failing_chapter_says_why_in_one_line(project):
-    (project / PARAMETERS).write_text("00_setup: {seconds: -1}\n")
+    (project / PARAMETERS).write_text("00_start: {seconds: -1}\n")
     result = run(command(TARGET), project)
     assert result.returncode != 0
-    assert (
-        "[1/2] 00_setup: failed: ValueError: sleep length must be non-negative (whole traceback: runs/smoke/logs/00_setup.log)"
-        in result.stdout
-    )
-    assert (
-        "Traceback" not in result.stdout
-        and "Traceback" in (project / "runs/smoke/logs/00_setup.log").read_text()
-    )
-    assert not (project / "runs/smoke/notebooks/00_setup.ipynb").exists()
+    log = "runs/smoke/logs/00_start.log"
+    why = f"ValueError: sleep length must be non-negative (whole traceback: {log})"
+    assert f"[1/2] 00_start: failed: {why}" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert "Traceback" in (project / log).read_text()
+    assert not (project / "runs/smoke/notebooks/00_start.ipynb").exists()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_run_goes_on_where_it_was(project, stop):
     order = project / "runs/order.txt"
     (project / PARAMETERS).write_text(
-        "common: {profile: smoke, seed: 0}\n01_models: {seconds: 600}\n"
+        "common: {profile: smoke, seed: 0}\n01_units: {seconds: 600}\n"
     )
     with open(project / "output.txt", "w") as output:
         # a shell's background jobs ignore Ctrl-C
@@ -154,10 +196,9 @@ def test_stopped_run_goes_on_where_it_was(project, stop):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     deadline = time.monotonic() + 120
-    while not (order.exists() and "01_models" in order.read_text()):
-        assert running.poll() is None and time.monotonic() < deadline, (
-            project / "output.txt"
-        ).read_text()
+    while not (order.exists() and "01_units" in order.read_text()):
+        assert running.poll() is None, (project / "output.txt").read_text()
+        assert time.monotonic() < deadline, (project / "output.txt").read_text()
         time.sleep(0.2)
     if stop == signal.SIGKILL:
         running.kill()  # snakemake alone: the chapter and its kernel must notice
@@ -170,76 +211,38 @@ def test_stopped_run_goes_on_where_it_was(project, stop):
     result = run(command(TARGET), project)
     assert result.returncode == 0, result.stdout
     # the finished chapter was not redone
-    assert order.read_text().split() == ["00_setup", "01_models", "01_models"]
-    assert (project / "runs/01_models.csv").read_text() == "seed\n0\n"
+    assert order.read_text().split() == ["00_start", "01_units", "01_units"]
+    assert (project / "runs/01_units.csv").read_text() == "seed,device,mixed\n0,None,None\n"
     assert sorted(path.name for path in (project / TARGET).parent.iterdir()) == [
-        "00_setup.ipynb",
-        "01_models.ipynb",
+        "00_start.ipynb",
+        "01_units.ipynb",
     ]
 
 
 @pytest.mark.slow
 def test_smoke_profile_runs_every_chapter():
-    """Every notebook, top to bottom, with its default parameters; its asserts are the notebook's own tests."""
+    """Every chapter, top to bottom, on the tiny model; its asserts are the chapter's own tests."""
     chapters = sorted(path.stem for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-    assert len(chapters) == 11
+    assert len(chapters) == 9
     result = run(command("--forceall"), ROOT)
     assert result.returncode == 0, result.stdout
-    assert [
-        path.stem for path in sorted((ROOT / "runs/smoke/notebooks").glob("*.ipynb"))
-    ] == chapters
+    executed = sorted((ROOT / "runs/smoke/notebooks").glob("*.ipynb"))
+    assert [path.stem for path in executed] == chapters
 
 
 def test_package_is_what_the_notebooks_export(tmp_path):
-    for name in ["nbs", "ssah_nb"]:
-        shutil.copytree(
-            ROOT / name,
-            tmp_path / name,
-            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
-        )
-    for name in ["settings.ini", "pyproject.toml"]:
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("nbs", "ssah_nb"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    for name in ("settings.ini", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
+    for path in (tmp_path / "ssah_nb").rglob("*.py"):  # one without a notebook must not stay
+        if "AUTOGENERATED" in path.read_text():
+            path.unlink()
     result = run([Path(sys.executable).with_name("nbdev_export")], tmp_path)
     assert result.returncode == 0, result.stdout
-    for path in sorted((tmp_path / "ssah_nb").glob("*.py")):
-        assert path.read_bytes() == (ROOT / "ssah_nb" / path.name).read_bytes(), (
-            f"{path.name}: run `make export`"
-        )
-
-
-def test_compare_runs_names_what_differs(tmp_path):
-    script = [
-        sys.executable,
-        str(ROOT / "workflow/compare_runs.py"),
-        str(tmp_path / "a"),
-        str(tmp_path / "b"),
-    ]
-    for folder, rate, verdict in (("a", 0.5, "holds"), ("b", 0.75, "open")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "rates.csv").write_text(
-            f"model,rate,rate_low,rate_high,n\nx,{rate},0.4,0.6,10\ny,0.1,0.0,0.2,10\n"
-        )
-        (tmp_path / folder / "paper_vs_ours.csv").write_text(
-            f"experiment,claim,measured,low,high,verdict\nB,pruning it ({rate}),{rate},0.4,0.9,{verdict}\n"
-        )
-    printed = run(script, tmp_path).stdout
-    words = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
-    # rows, numbers, differ, largest, in, intervals, outside
-    assert words["rates"] == ["2", "8", "1", "0.33", "rate", "2", "1"]
-    assert (
-        "1 of 1 verdicts differ" in printed
-        and "B: pruning it (0.5): holds (0.5: 0.4 to 0.9), then open (0.75" in printed
-    )
-    (tmp_path / "b/rates.csv").write_text("model,rate\nx,1\n")
-    (tmp_path / "b/paper_vs_ours.csv").write_text(
-        "experiment,claim,measured,low,high,verdict\nB,another,0.5,0.4,0.9,holds\n"
-    )
-    (tmp_path / "b/more.csv").write_text("x\n1\n")
-    printed = run(script, tmp_path).stdout
-    assert (
-        printed.count("other rows or columns") == 2
-        and "only in one of the runs: more" in printed
-        and "error: the two reports make other claims" in printed
-    )
-    printed = run([*script[:3], str(tmp_path / "c")], tmp_path).stdout
-    assert printed.startswith(f"error: no tables in {tmp_path / 'c'}") and printed.count("\n") == 1
+    exported, here = tmp_path / "ssah_nb", ROOT / "ssah_nb"
+    modules = [path.relative_to(exported) for path in sorted(exported.rglob("*.py"))]
+    assert modules == [path.relative_to(here) for path in sorted(here.rglob("*.py"))]
+    stale = [str(m) for m in modules if (exported / m).read_bytes() != (here / m).read_bytes()]
+    assert not stale, "run `make export`"

@@ -1,0 +1,76 @@
+"""Comparing two runs: what differs, and whether it matters."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ssah_nb.engine.comparison import agreement, compare_tables, run_tables
+
+ROOT = Path(__file__).parent.parent
+RATES = "model,rate,rate_low,rate_high,n\nx,{rate},0.4,0.6,10\ny,0.1,0.0,0.2,10\n"
+CLAIMS = "experiment,claim,measured,low,high,verdict\n{claim},{rate},0.4,0.9,{verdict}\n"
+
+
+def write_run(folder: Path, rate: float, verdict: str) -> None:
+    folder.mkdir()
+    claims = CLAIMS.format(claim=f"B,pruning it ({rate})", rate=rate, verdict=verdict)
+    (folder / "rates.csv").write_text(RATES.format(rate=rate))
+    (folder / "paper_vs_ours.csv").write_text(claims)
+
+
+@pytest.fixture
+def runs(tmp_path) -> tuple[Path, Path]:
+    write_run(tmp_path / "a", 0.5, "holds")
+    write_run(tmp_path / "b", 0.75, "open")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def printed(*folders: Path) -> str:
+    script = [sys.executable, str(ROOT / "workflow/compare_runs.py"), *map(str, folders)]
+    both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(script, text=True, **both).stdout
+
+
+def test_compare_runs_names_what_differs(runs):
+    said = printed(*runs)
+    words = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
+    # rows, numbers, differ, largest, in, intervals, outside
+    assert words["rates"] == ["2", "8", "1", "0.33", "rate", "2", "1"]
+    assert "1 of 1 verdicts differ" in said
+    assert "B: pruning it (0.5): holds (0.5: 0.4 to 0.9), then open (0.75" in said
+
+
+def test_compare_runs_names_what_cannot_be_compared(runs, tmp_path):
+    (runs[1] / "rates.csv").write_text("model,rate\nx,1\n")
+    other = CLAIMS.format(claim="B,another", rate=0.5, verdict="holds")
+    (runs[1] / "paper_vs_ours.csv").write_text(other)
+    (runs[1] / "more.csv").write_text("x\n1\n")
+    said = printed(*runs)
+    assert said.count("other rows or columns") == 2
+    assert "only in one of the runs: more" in said
+    assert "error: the two reports make other claims" in said
+    said = printed(runs[0], tmp_path / "c")
+    assert said.startswith(f"error: no tables in {tmp_path / 'c'}") and said.count("\n") == 1
+
+
+def test_a_run_agrees_with_itself(runs):
+    tables = run_tables(runs[0])
+    found = compare_tables(tables, tables)
+    assert list(found["differ"]) == list(found["outside"]) == [0, 0]
+    assert "1 of 1 verdicts agree" in agreement(tables, tables)[0]
+
+
+def test_agreement_names_a_verdict_that_changed(runs):
+    said = "\n".join(agreement(*map(run_tables, runs)))
+    assert "0 of 1 verdicts agree" in said
+    assert "pruning it" in said
+
+
+@pytest.mark.parametrize("value, off", [(2.0, 0.5), (float("nan"), float("inf")), (1.0, 0)])
+def test_a_difference_is_relative_and_infinite_where_one_is_missing(value, off):
+    first, second = (pd.DataFrame({"name": ["a"], "x": [x]}) for x in (1.0, value))
+    found = compare_tables({"t": first}, {"t": second})
+    assert found.largest[0] == off
