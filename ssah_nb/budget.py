@@ -27,7 +27,7 @@ def redundant_units(
     check_ratios(share=share)
     return top_units(-utility.standardized(), share, utility.info, "model")
 
-# %% ../nbs/08_budget.ipynb #08-budget-020
+# %% ../nbs/08_budget.ipynb #08-budget-022
 def train_only(
     model: PreTrainedModel,  # changed in place, its function is not
     mask: UnitMask,  # the only units that are trained
@@ -36,7 +36,7 @@ def train_only(
     check_mask(mask, model)
     return freeze(model, ~mask, rest=True)
 
-# %% ../nbs/08_budget.ipynb #08-budget-029
+# %% ../nbs/08_budget.ipynb #08-budget-031
 def budget_masks(
     utility: Importance,  # of the unaligned model
     budgets: list[float],  # shares of all parameters
@@ -60,7 +60,7 @@ def scu_masks(
     critical = classify(safety, utility, scu=scu).scu
     return {f"SCU, {100 * scu:g}%": critical, "random, SCU-sized": critical.random_like(seed)}
 
-# %% ../nbs/08_budget.ipynb #08-budget-032
+# %% ../nbs/08_budget.ipynb #08-budget-034
 def align_units(
     model: PreTrainedModel,  # the unaligned model; it is not changed
     mask: UnitMask | None,  # the units that are trained; None: all parameters
@@ -75,7 +75,7 @@ def align_units(
     whole = sum(p.numel() for p in model.parameters())
     return (student if mask is None else merge(student)), trained / whole
 
-# %% ../nbs/08_budget.ipynb #08-budget-043
+# %% ../nbs/08_budget.ipynb #08-budget-045
 def alignment_tax(perplexity: pd.Series) -> pd.Series:  # the unaligned model's first
     "The relative change of perplexity against the unaligned model; a loss is positive."
     return perplexity / perplexity.iloc[0] - 1
