@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from ssah_nb.attribution import METHODS, importance
+from ssah_nb.attribution import importance
+from ssah_nb.engine.scores import METHODS
 from ssah_nb.engine.batches import decoder, encode_pairs, token_batches
 from ssah_nb.engine.data import load_pairs
 from ssah_nb.engine.models import load_model

@@ -171,7 +171,7 @@ def typed_runs(typed: Iterable[str]) -> set[tuple[str, ...]]:
 
 
 def untyped(texts: Iterable[str], known: set[tuple[str, ...]], most: int = 10) -> list[str]:
-    "Lines and table cells with more words than `most` outside of the runs that are known."
+    "Lines and table cells with more different words than `most` outside of the known runs."
     found = []
     for piece in (piece for text in texts for piece in pieces(text)):
         said = spoken(piece)
@@ -179,6 +179,6 @@ def untyped(texts: Iterable[str], known: set[tuple[str, ...]], most: int = 10) -
         for i in range(len(said) - 2):
             if tuple(said[i : i + 3]) in known:
                 covered |= set(range(i, i + 3))
-        if len(said) - len(covered) > most:
+        if len({word for i, word in enumerate(said) if i not in covered}) > most:
             found.append(piece.strip())
     return found

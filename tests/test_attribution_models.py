@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers_calibration import PAIRS, TOKENIZER, close
 
-from ssah_nb.attribution import METHODS, importance
+from ssah_nb.attribution import importance
 from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.moments import Moments
+from ssah_nb.engine.scores import METHODS
 
 
 def test_the_activations_are_left_alone_and_not_kept():

@@ -8,9 +8,10 @@ import torch
 from helpers import one_line, two_processes
 from helpers_calibration import KINDS, PAIRS, TOKENIZER, close
 
-from ssah_nb.attribution import METHODS, Importance, importance, load_calibration
+from ssah_nb.attribution import Importance, importance, load_calibration
 from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.run import Run, SsahError
+from ssah_nb.engine.scores import METHODS
 
 
 @pytest.mark.parametrize("method", METHODS)

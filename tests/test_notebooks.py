@@ -115,13 +115,11 @@ def test_no_output_holds_a_path_of_this_machine_or_an_error(path):
 # No completion of a harmful prompt is shown
 
 
-def kept_responses() -> list[str]:
-    "What models answered to harmful prompts, as far as this machine has kept it."
-    found = []
-    for path in ROOT.glob("runs/*/completions/**/*.json"):
-        harmful = json.loads(path.read_text()).get("harmful", [])
-        found += [response for _, response in harmful if len(response) > 40]
-    return found
+def kept_responses() -> tuple[list[str], list[str]]:
+    "The harmful prompts, and what models answered to them, as far as this machine has kept it."
+    files = ROOT.glob("runs/*/completions/**/*.json")
+    pairs = [pair for path in files for pair in json.loads(path.read_text()).get("harmful", [])]
+    return [prompt for prompt, _ in pairs], [said for _, said in pairs if len(said) > 40]
 
 
 def typed_texts() -> list[str]:
@@ -129,7 +127,7 @@ def typed_texts() -> list[str]:
     cells = [
         s for path in NOTEBOOKS for kind in ("code", "markdown") for s in sources(read(path), kind)
     ]
-    tables = [(ROOT / "ssah_nb/paper_numbers.csv").read_text()]
+    tables = [path.read_text() for path in (ROOT / "ssah_nb").glob("*.csv")]
     return cells + tables + list(STOCK_REFUSALS)
 
 
@@ -151,10 +149,10 @@ def typed() -> list[str]:
 
 
 def test_nothing_repeats_a_response_that_was_kept(typed):
-    responses = kept_responses()
+    prompts, responses = kept_responses()
     if not responses:
         pytest.skip("no run on this machine has kept responses")
-    said = said_by_models(responses, typed)
+    said = said_by_models(responses, typed + prompts)  # a prompt may be shown, cut
     found = {name: repeated(texts, said) for name, texts in published().items()}
     assert not {name: runs for name, runs in found.items() if runs}
 
