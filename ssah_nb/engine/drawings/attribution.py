@@ -23,14 +23,14 @@ def draw_unit(
     mean = sum(activations[:counted]) / counted
     colours = [COLOURS["CU"] if place < counted else "#cccccc" for place in places]
     ax.bar(places, activations, color=colours, width=0.75)
-    ax.hlines(mean, -0.5, counted - 0.5, color="black", linestyle="--", linewidth=1.2)
-    ax.annotate("their mean", (counted - 0.4, mean), va="center", fontsize=9)
+    ax.hlines(mean, -0.5, counted - 0.5, color="black", linestyle="--", linewidth=1.5)
     ax.axhline(0, color="black", linewidth=0.6)
     numbers = [str(place + 1) for place in places]
     ax.set_xticks(list(places), words + numbers[counted:], fontsize=8)
     for label in ax.get_xticklabels()[:counted]:
         label.set(rotation=40, ha="right", weight="bold")
-    ax.set(xlabel="token of the response", ylabel="activation", title=title)
+    ax.set(xlabel="token of the response", ylabel="activation")
+    ax.set_title(f"{title}: dark, the tokens that count; dashed, their mean")
     ax.grid(axis="x", visible=False)
     plt.close(fig)
     return fig
@@ -51,7 +51,7 @@ def unit_table(
 ) -> pd.DataFrame:
     "One row a unit: layer, unit, its scores, marked. The marked ones come first, in their order."
     width = next(iter(scores.values())).shape[1]
-    table = pd.DataFrame({name: each.flatten().numpy() for name, each in scores.items()})
+    table = pd.DataFrame({name: each.flatten().double().numpy() for name, each in scores.items()})
     table.insert(0, "layer", table.index // width)
     table.insert(1, "unit", table.index % width)
     table["marked"] = table.index.isin(marked.tolist())
