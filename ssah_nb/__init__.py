@@ -1,4 +1,4 @@
-"""The Superficial Safety Alignment Hypothesis, runnable: find, prune, freeze and train the safety units of a chat model."""
+"""Superficial safety alignment, runnable: find, prune, freeze and train the safety units."""
 
 __version__ = "0.1.0"
 

@@ -14,6 +14,7 @@ from .engine.models import load_model, load_stage, save_model
 from .engine.run import Run, SsahError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
 # %% ../nbs/00_start.ipynb #00-start-start-model
 def start_model(
     run: Run,
@@ -28,6 +29,7 @@ def start_model(
         save_model(*loaded, run.path("models", "unaligned"))
     return load_stage(run, "unaligned")
 
+
 # %% ../nbs/00_start.ipynb #00-start-first-words
 def first_words(
     text: str,
@@ -36,6 +38,7 @@ def first_words(
     "The beginning of a text, which is all that this book shows of harmful ones."
     words = text.split()
     return " ".join(words[:count]) + (" …" if len(words) > count else "")
+
 
 # %% ../nbs/00_start.ipynb #00-start-baseline
 def baseline(
@@ -57,6 +60,7 @@ def baseline(
         report = safety_report(model, tokenizer, harmful, benign, **facts)
         rows.append({"system_prompt": name} | report)
     return pd.DataFrame(rows)
+
 
 # %% ../nbs/00_start.ipynb #00-start-system-text
 def system_text(name: str) -> str | None:  # "none", or a name in SYSTEM_PROMPTS

@@ -1,7 +1,10 @@
-"""Run one chapter: `python workflow/run_chapter.py PROFILE CHAPTER THREADS`, from the repository's root.
+"""Run one chapter, from the repository's root.
 
-The executed notebook appears under runs/PROFILE/notebooks only when the chapter has ended well; until then it is
-CHAPTER.partial.ipynb. What the chapter prints goes to runs/PROFILE/logs/CHAPTER.log, and to the terminal line by line.
+    python workflow/run_chapter.py PROFILE CHAPTER THREADS
+
+The executed notebook appears under runs/PROFILE/notebooks only when the chapter has ended well;
+until then it is CHAPTER.partial.ipynb. What the chapter prints goes to
+runs/PROFILE/logs/CHAPTER.log, and to the terminal line by line.
 """
 
 import io
@@ -22,17 +25,15 @@ import yaml
 
 ENVIRONMENT = {
     "IN_TEST": "1",  # nbdev leaves the exporting cells of a notebook alone
-    "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one of the same name in the user's home
+    "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one in the user's home
     "PYTHONHASHSEED": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    "SPYDER_LIKE": "1",  # tqdm.auto then draws bars as text, as in Spyder: a terminal has no widgets
+    "SPYDER_LIKE": "1",  # tqdm.auto then draws bars as text: a terminal has no widgets
     "TQDM_MININTERVAL": "10",  # seconds between two progress lines of a loop
     "TQDM_DELAY": "5",  # seconds before a loop prints any
     "TQDM_NCOLS": "100",
-    "MALLOC_MMAP_THRESHOLD_": str(
-        1 << 32
-    ),  # glibc keeps freed memory for the next batch or step, which need not fault in fresh pages then
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),  # glibc keeps freed memory for the next step,
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),  # which then need not fault in fresh pages
 }
 
 
@@ -45,7 +46,7 @@ def chapters() -> list[str]:
 
 
 def read_profile(profile: str) -> dict:
-    """The settings of a profile; with `extends: other` what it does not say itself is as in the other one."""
+    """The settings of a profile; with `extends: other`, what it does not say is as in the other."""
     folder = Path("workflow/profiles")
     known = sorted(path.parent.name for path in folder.glob("*/parameters.yaml"))
     if profile not in known:
@@ -61,7 +62,7 @@ def read_profile(profile: str) -> dict:
 
 
 def profile_parameters(profile: str) -> dict[str, dict]:
-    """The parameters of every chapter under a profile. A common parameter goes to each chapter that has it."""
+    """The parameters of every chapter. A common parameter goes to each chapter that has it."""
     settings = read_profile(profile)
     where = f"workflow/profiles/{profile}/parameters.yaml"
     common = settings.get("common") or {}
@@ -76,7 +77,8 @@ def profile_parameters(profile: str) -> dict[str, dict]:
     for chapter, names in has.items():
         for name in (settings.get(chapter) or {}).keys() - set(names):
             raise ProfileError(
-                f"{where}: {chapter} has no parameter {name!r}; it has: {', '.join(names) or 'none'}"
+                f"{where}: {chapter} has no parameter {name!r}; "
+                f"it has: {', '.join(names) or 'none'}"
             )
     return {
         chapter: {name: value for name, value in common.items() if name in names}
@@ -128,7 +130,7 @@ def end_with_parent() -> None:
 
 
 class Lines:
-    """A stream that copies what a chapter prints to its log, and to the terminal as whole lines that name the chapter."""
+    """A stream: what a chapter prints goes to its log, and to the terminal as whole lines."""
 
     def __init__(self, chapter, log):
         self.chapter, self.log, self.rest, self.last = chapter, log, "", ""

@@ -2,7 +2,8 @@
 
     python workflow/store_outputs.py [CHAPTER ...]
 
-Each code cell keeps the hash of its source beside its outputs, so that a test can tell when they have grown apart.
+Each code cell keeps the hash of its source beside its outputs, so that a test can tell when they
+have grown apart.
 """
 
 import hashlib

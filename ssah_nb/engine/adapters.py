@@ -34,6 +34,7 @@ def with_adapter(
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
+
 # %% ../../nbs/engine/adapters.ipynb #adapters-007
 @torch.no_grad()
 def project_updates(
@@ -53,6 +54,7 @@ def project_updates(
             after.copy_(before.float() + projected)
             count += 1
     return count
+
 
 # %% ../../nbs/engine/adapters.ipynb #adapters-011
 def safe_lora_start(

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from .run import Run, SsahError, write_atomic
 
+
 # %% ../../nbs/engine/calibration.ipynb #calibration-004
 def can_make(run: Run, path: Path) -> bool:  # path: what chapter 03 saves
     "True in a chapter that is opened alone. Raises `SsahError` where chapter 03 has to run."
@@ -32,6 +33,7 @@ def read_calibration(run: Run) -> tuple[dict[str, list[dict]], dict]:
     "The pairs and the options that `save_calibration` wrote."
     saved = json.loads(run.path("calibration.json").read_text())
     return saved["sets"], saved["options"]
+
 
 # %% ../../nbs/engine/calibration.ipynb #calibration-006
 def with_halves(

@@ -14,6 +14,7 @@ import pandas as pd
 
 from .run import SsahError
 
+
 # %% ../../nbs/engine/intervals.ipynb #intervals-004
 @dataclass(frozen=True)
 class Estimate:
@@ -36,6 +37,7 @@ class Estimate:
             f"{name}_n": self.n,
         }
 
+
 # %% ../../nbs/engine/intervals.ipynb #a48edc83
 def wilson(
     successes: int,  # outcomes that were "yes"
@@ -50,6 +52,7 @@ def wilson(
     low = 0.0 if successes == 0 else middle - half
     high = 1.0 if successes == n else middle + half
     return Estimate(p, low, high, n)
+
 
 # %% ../../nbs/engine/intervals.ipynb #intervals-006
 def bootstrap_mean(
@@ -66,6 +69,7 @@ def bootstrap_mean(
     picks = np.random.default_rng(seed).integers(totals.size, size=(draws, totals.size))
     low, high = np.quantile(totals[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
     return Estimate(float(totals.sum() / counts.sum()), float(low), float(high), totals.size)
+
 
 # %% ../../nbs/engine/intervals.ipynb #intervals-009
 def rate_difference(

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from .run import SsahError, write_atomic
 
+
 # %% ../../nbs/engine/tensors.ipynb #tensors-save
 def save_tensors(
     folder: str | Path,  # made when it is not there

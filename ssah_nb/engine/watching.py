@@ -16,6 +16,7 @@ from .run import progress
 from torch import nn
 from transformers import PreTrainedModel
 
+
 # %% ../../nbs/engine/watching.ipynb #watching-005
 @contextmanager
 def watching(
@@ -49,6 +50,7 @@ def watching(
         for handle in handles:
             handle.remove()
 
+
 # %% ../../nbs/engine/watching.ipynb #watching-007
 @contextmanager
 def activations_only(model: PreTrainedModel) -> Iterator[None]:  # any model
@@ -66,6 +68,7 @@ def activations_only(model: PreTrainedModel) -> Iterator[None]:  # any model
         handle.remove()
         for p, flag in flags.items():
             p.requires_grad_(flag)
+
 
 # %% ../../nbs/engine/watching.ipynb #watching-009
 def run_batch(model: PreTrainedModel, batch: TokenBatch, gradient: bool):
@@ -86,6 +89,7 @@ def in_order(m: Moments, linear: nn.Module) -> Moments:
         return m
     order = linear.order.argsort() if getattr(linear, "permuted", False) else slice(None)
     return Moments(m.count, m.mean[order].cpu(), m.m2[order].cpu())
+
 
 # %% ../../nbs/engine/watching.ipynb #watching-010
 def watched_moments(

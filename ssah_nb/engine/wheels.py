@@ -18,12 +18,14 @@ from filelock import FileLock
 
 from .run import SsahError, write_atomic
 
+
 # %% ../../nbs/engine/wheels.ipynb #wheels-005
 def cache_folder() -> Path:
     "SSAH_CACHE, else `ssah_nb` in the user's cache folder; shared by all projects of this user."
     if os.environ.get("SSAH_CACHE"):
         return Path(os.environ["SSAH_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssah_nb"
+
 
 # %% ../../nbs/engine/wheels.ipynb #wheels-006
 def pip_error(requirement: str, said: str, folder: Path) -> str:  # said: pip's stderr
@@ -59,6 +61,7 @@ def _pip_download(
     if pip.returncode or not wheels:
         raise SsahError(pip_error(requirement, pip.stderr, folder.parent))
     return wheels[0]
+
 
 # %% ../../nbs/engine/wheels.ipynb #wheels-008
 def check_wheel(wheel: Path, sha256: str):  # sha256: 64 hex digits

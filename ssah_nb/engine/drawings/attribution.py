@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from ..figures import COLOURS
 
+
 # %% ../../../nbs/engine/drawings/attribution.ipynb #drawings-attribution-004
 def draw_unit(
     activations: list[float],  # of one unit, at each token of a response
@@ -35,6 +36,7 @@ def draw_unit(
     plt.close(fig)
     return fig
 
+
 # %% ../../../nbs/engine/drawings/attribution.ipynb #drawings-attribution-007
 COLUMNS = {
     "scores": "compared",
@@ -57,6 +59,7 @@ def unit_table(
     table["marked"] = table.index.isin(marked.tolist())
     rest = table.index[~table.marked].tolist()
     return table.loc[marked.tolist() + rest].reset_index(drop=True)
+
 
 # %% ../../../nbs/engine/drawings/attribution.ipynb #drawings-attribution-009
 def draw_plane(ax: plt.Axes, x: pd.Series, y: pd.Series, marked: pd.Series | None = None):

@@ -33,6 +33,7 @@ def budget_points(table: pd.DataFrame) -> pd.DataFrame:  # Table 4
     names += ["attack_success_low", "attack_success_high", "over_refusal", "alignment_tax"]
     return table.assign(kind=kinds).sort_values("trained_parameters", kind="stable")[names]
 
+
 # %% ../../../nbs/engine/drawings/budget.ipynb #drawings-budget-006
 def draw_line(ax: plt.Axes, column: str, kind: str, objective: str, line: pd.DataFrame) -> None:
     "One kind of trained units, aligned in one way."
@@ -67,6 +68,7 @@ def draw_budget(table: pd.DataFrame) -> plt.Figure:  # Table 4
     fig.tight_layout(rect=(0, 0.1 if len(names[0]) <= 5 else 0.16, 1, 1))
     plt.close(fig)
     return fig
+
 
 # %% ../../../nbs/engine/drawings/budget.ipynb #drawings-budget-009
 def draw_layers(mlp: list[float], attention: list[float]) -> plt.Figure:

@@ -36,6 +36,7 @@ def label(
         return LABELS[way]
     return f"SCU + top {share:.0%} CU frozen" if share else "SCU frozen"
 
+
 # %% ../../../nbs/engine/drawings/freezing.ipynb #drawings-freezing-007
 READ = {
     "model": "fine-tuned",
@@ -49,6 +50,7 @@ READ = {
     "perplexity": "perplexity, other benign pairs",
     "optimizer_mb": "AdamW, MB",
 }
+
 
 # %% ../../../nbs/engine/drawings/freezing.ipynb #drawings-freezing-009
 def frozen_curve(

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from ..figures import COLOURS
 
+
 # %% ../../../nbs/engine/drawings/units.ipynb #drawings-units-cuts
 def draw_cuts(
     table: pd.DataFrame,  # [share, units, control, perplexity, perplexity_low, perplexity_high]
@@ -50,6 +51,7 @@ def draw_measurement(ax: plt.Axes, row):
         markerfacecolor="white" if row.control else COLOURS["SCU"],
         ecolor="black",
     )
+
 
 # %% ../../../nbs/engine/drawings/units.ipynb #drawings-units-rates
 RATES = {
