@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from .attribution import METHODS, Importance, importance
+from .attribution import Importance, importance
 from .budget import redundant_units, train_only
 from .classes import classify, load_pruned, prune, pruned, search_scu
 from .engine.alignment import STOCK_REFUSALS, alignment_pairs
@@ -22,6 +22,7 @@ from .engine.models import load_model, save_model
 from .engine.preferences import finetune_dpo, preferences, reference_margins
 from .engine.run import SsahError, pick_mixed, set_seed, show_progress
 from .engine.splits import Splits, make_splits
+from .engine.scores import METHODS
 from .engine.sources import SOURCES
 from .engine.tasks import zero_shot
 from .engine.training import finetune

@@ -26,8 +26,7 @@ from .engine.evaluation import is_refusal
 from .engine.generation import generate
 from .engine.models import load_stage
 from .engine.run import Run, SsahError
-from .engine.scores import METHODS, Statistics, check_request, check_same_scoring
-from .engine.scores import kept_tokens, score_batches
+from .engine.scores import Statistics, check_request, kept_tokens, score_batches
 from .engine.splits import Splits
 from .units import Scores, depth_two, signature, unit_parameters
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

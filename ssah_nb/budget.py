@@ -17,7 +17,6 @@ import copy
 from collections.abc import Callable
 
 import pandas as pd
-import torch
 from transformers import PreTrainedModel
 
 from .attribution import Importance

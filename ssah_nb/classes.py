@@ -27,7 +27,7 @@ import torch
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from .attribution import Importance, check_same_scoring, load_scores
+from .attribution import Importance, load_scores
 from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off, whole_model
 from .engine.intervals import Estimate
 from .engine.parts import plain_linear
@@ -43,6 +43,7 @@ from ssah_nb.units import (
     split_units,
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .engine.scores import check_same_scoring
 
 
 # %% ../nbs/04_classes.ipynb #04-classes-019
