@@ -89,7 +89,8 @@ def draw_frozen_share(
         ax.axhline(100 * before, color="0.4", linestyle=":", label="before fine-tuning")
     ax.set(xlabel="frozen units (% of all units)", ylabel="attack success (%)", ylim=(-3, 103))
     ax.set_xlim(-4, 104)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    above_axes = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+    ax.legend(**above_axes, columnspacing=1.2, frameon=False)
     fig.tight_layout()
     plt.close(fig)
     return fig
