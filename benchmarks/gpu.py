@@ -23,6 +23,7 @@ from ssah_nb.engine.batches import TokenBatch, decoder
 from ssah_nb.engine.run import processor, show_progress
 from ssah_nb.engine.scores import METHODS, collect_moments
 from ssah_nb.freezing import freeze
+from ssah_nb.units import depth_two
 
 SHAPES = {
     "llama2-7b": dict(
@@ -93,7 +94,7 @@ def attribution(model: PreTrainedModel, options: argparse.Namespace) -> list[dic
         decoder(model)(input_ids=ids, attention_mask=all_tokens, use_cache=False)
 
     def score():
-        collect_moments(model, [batch], METHODS["flap"], "response")
+        collect_moments(model, depth_two(model), [batch], METHODS["flap"])
 
     head = model.get_output_embeddings().weight.numel()
     flops = 2 * (linear_parameters(model) - head) * ids.numel()

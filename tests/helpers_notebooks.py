@@ -89,10 +89,12 @@ def lengths(notebook) -> tuple[float, int]:
 # What it must not show
 
 
-def output_texts(notebook) -> list[str]:
-    "Everything in the outputs that can be read as text."
+def output_texts(notebook, without: str = "") -> list[str]:
+    "Everything in the outputs that can be read as text, but for cells with a tag."
     found = []
     for cell in notebook.cells:
+        if without in cell.metadata.get("tags", []):
+            continue
         for output in cell.get("outputs", []):
             data = {k: v for k, v in output.get("data", {}).items() if k not in PICTURES}
             found += [str(value) for value in data.values()]
@@ -166,8 +168,9 @@ def spoken(text: str) -> list[str]:
 
 
 def typed_runs(typed: Iterable[str]) -> set[tuple[str, ...]]:
-    "All runs of three words that people typed; what braces fill in is no part of them."
-    return set().union(*(runs(re.sub(r"\{[^{}]*\}", " ", text), 3) for text in typed))
+    "All runs of three words that people typed, with and without what braces fill in."
+    filled = [re.sub(r"\{[^{}\n]*\}", " ", text) for text in typed]
+    return set().union(*(runs(text, 3) for text in [*typed, *filled]))
 
 
 def untyped(texts: Iterable[str], known: set[tuple[str, ...]], most: int = 10) -> list[str]:

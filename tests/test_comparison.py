@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_runs
 import pandas as pd
 import pytest
+from helpers import one_line
 
 from ssah_nb.engine.comparison import agreement, compare_tables, run_tables
+from ssah_nb.engine.run import SsahError
 
 ROOT = Path(__file__).parent.parent
 RATES = "model,rate,rate_low,rate_high,n\nx,{rate},0.4,0.6,10\ny,0.1,0.0,0.2,10\n"
@@ -28,14 +31,9 @@ def runs(tmp_path) -> tuple[Path, Path]:
     return tmp_path / "a", tmp_path / "b"
 
 
-def printed(*folders: Path) -> str:
-    script = [sys.executable, str(ROOT / "workflow/compare_runs.py"), *map(str, folders)]
-    both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.run(script, text=True, **both).stdout
-
-
-def test_compare_runs_names_what_differs(runs):
-    said = printed(*runs)
+def test_compare_runs_names_what_differs(runs, capsys):
+    compare_runs.main(*runs)
+    said = capsys.readouterr().out
     words = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
     # rows, numbers, differ, largest, in, intervals, outside
     assert words["rates"] == ["2", "8", "1", "0.33", "rate", "2", "1"]
@@ -43,17 +41,25 @@ def test_compare_runs_names_what_differs(runs):
     assert "B: pruning it (0.5): holds (0.5: 0.4 to 0.9), then open (0.75" in said
 
 
-def test_compare_runs_names_what_cannot_be_compared(runs, tmp_path):
+def test_compare_runs_names_what_cannot_be_compared(runs, capsys):
     (runs[1] / "rates.csv").write_text("model,rate\nx,1\n")
     other = CLAIMS.format(claim="B,another", rate=0.5, verdict="holds")
     (runs[1] / "paper_vs_ours.csv").write_text(other)
     (runs[1] / "more.csv").write_text("x\n1\n")
-    said = printed(*runs)
+    with pytest.raises(SsahError, match="the two reports make other claims") as error:
+        compare_runs.main(*runs)
+    one_line(error)
+    said = capsys.readouterr().out
     assert said.count("other rows or columns") == 2
     assert "only in one of the runs: more" in said
-    assert "error: the two reports make other claims" in said
-    said = printed(runs[0], tmp_path / "c")
-    assert said.startswith(f"error: no tables in {tmp_path / 'c'}") and said.count("\n") == 1
+
+
+def test_an_error_of_compare_runs_is_one_line(runs, tmp_path):
+    script = [sys.executable, ROOT / "workflow/compare_runs.py", runs[0], tmp_path / "c"]
+    result = subprocess.run(script, text=True, capture_output=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: no tables in {tmp_path / 'c'}")
+    assert result.stderr.count("\n") == 1 and not result.stdout
 
 
 def test_a_run_agrees_with_itself(runs):

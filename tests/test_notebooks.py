@@ -158,13 +158,15 @@ def test_nothing_repeats_a_response_that_was_kept(typed):
 
 
 def test_no_output_holds_a_sentence_that_nobody_typed(typed):
+    """Also where no run has kept what models said.
+
+    Of 50 answers of the embedded model to harmful prompts the check finds 42, each by itself. A
+    cell that shows a benign prompt or its answer has the tag `benign`.
+    """
     known = typed_runs(typed)
-    names = {named(path) for path in NOTEBOOKS + EXECUTED}
-    found = {
-        name: untyped(texts, known)
-        for name, texts in published().items()
-        if name in names or name.endswith(".csv")
-    }
+    shown = {named(path): output_texts(read(path), "benign") for path in NOTEBOOKS + EXECUTED}
+    shown |= {name: texts for name, texts in published().items() if name.endswith(".csv")}
+    found = {name: untyped(texts, known) for name, texts in shown.items()}
     assert not {name: pieces for name, pieces in found.items() if pieces}
 
 
