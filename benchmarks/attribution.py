@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from ssah_nb.attribution import importance
-from ssah_nb.engine.scores import METHODS
 from ssah_nb.engine.batches import decoder, encode_pairs, token_batches
 from ssah_nb.engine.data import load_pairs
 from ssah_nb.engine.models import load_model
 from ssah_nb.engine.run import processor, set_seed, show_progress
+from ssah_nb.engine.scores import METHODS
 
 WAYS = ("forward", "importance")
 
