@@ -161,8 +161,8 @@ def write_results() -> None:
 def keep_link(match: re.Match) -> str:
     """A link of the README as the site has it: pages stay, files come along, folders are words."""
     words, target = match.groups()
-    target = target.removeprefix("nbs/")
-    if "://" in target or target.startswith("#") or target.endswith(".ipynb"):
+    target = target.removeprefix("nbs/").removeprefix("docs/")
+    if "://" in target or target.startswith("#") or target.endswith((".ipynb", "tried.md")):
         return f"[{words}]({target})"
     if not (ROOT / target).is_file():
         return words
