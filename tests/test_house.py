@@ -1,6 +1,7 @@
 """The house: imports go one way, and no file, function or line is too long to be read."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,8 @@ def functions(source: str) -> dict[str, int]:
 @pytest.mark.parametrize("path", MODULES + SCRIPTS, ids=named)
 def test_files_and_functions_are_short(path):
     source = path.read_text()
-    assert source.count("\n") <= 400
+    written = re.sub(r"__all__ = \[.*?\]\n", "", source, flags=re.S)  # nbdev lists the names
+    assert written.count("\n") <= 400
     assert not {name: n for name, n in functions(source).items() if n > 40}
 
 

@@ -161,7 +161,8 @@ def drop_progress(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def run(profile: str, chapter: str, threads: str) -> None:
+def prepare(profile: str, chapter: str, threads: str) -> dict:
+    """Set the environment of a chapter; its parameters. Raises `ProfileError`."""
     if chapter not in chapters():
         raise ProfileError(f"unknown chapter {chapter!r}; known: {', '.join(chapters())}")
     parameters = profile_parameters(profile)[chapter]
@@ -170,6 +171,27 @@ def run(profile: str, chapter: str, threads: str) -> None:
         keep_committed(profile)
     if not read_profile(profile).get("hub"):
         os.environ["HF_HUB_OFFLINE"] = "1"
+    return parameters
+
+
+def execute(chapter: str, partial: Path, parameters: dict, lines: Lines) -> None:
+    """Run the notebook with papermill; what it prints goes to `lines`."""
+    papermill.execute_notebook(
+        f"nbs/{chapter}.ipynb",
+        partial,
+        parameters,
+        cwd=".",
+        progress_bar=False,
+        autosave_cell_every=0,  # the notebook is saved after each cell anyway
+        stdout_file=lines,
+        stderr_file=lines,
+        extra_arguments=["--log-level=CRITICAL"],  # no word on a local kernel's encryption
+    )
+
+
+def run(profile: str, chapter: str, threads: str) -> None:
+    """Run one chapter; its executed notebook appears when it has ended well."""
+    parameters = prepare(profile, chapter, threads)
     done = Path(f"runs/{profile}/notebooks/{chapter}.ipynb")
     partial = done.with_suffix(".partial.ipynb")
     log_path = Path(f"runs/{profile}/logs/{chapter}.log")
@@ -179,30 +201,14 @@ def run(profile: str, chapter: str, threads: str) -> None:
     print(f"{place}: start", flush=True)
     start = time.monotonic()
     with open(log_path, "w") as log:
-        lines = Lines(chapter, log)
         try:
-            papermill.execute_notebook(
-                f"nbs/{chapter}.ipynb",
-                partial,
-                parameters,
-                cwd=".",
-                progress_bar=False,
-                autosave_cell_every=0,  # the notebook is saved after each cell anyway
-                stdout_file=lines,
-                stderr_file=lines,
-                extra_arguments=[
-                    "--log-level=CRITICAL"
-                ],  # no warning at each start that a local kernel is not encrypted
-            )
+            execute(chapter, partial, parameters, Lines(chapter, log))
         except KeyboardInterrupt:
             sys.exit(f"{place}: stopped; the same command takes it up again")
         except Exception as error:
             traceback.print_exc(file=log)
-            what = (
-                f"{error.ename}: {error.evalue}"
-                if isinstance(error, papermill.PapermillExecutionError)
-                else repr(error)
-            )
+            failed = isinstance(error, papermill.PapermillExecutionError)
+            what = f"{error.ename}: {error.evalue}" if failed else repr(error)
             sys.exit(f"{place}: failed: {what} (whole traceback: {log_path})")
     drop_progress(partial)
     os.replace(partial, done)
