@@ -6,7 +6,8 @@
 __all__ = [
     'PREFIX_LOOKS',
     'MODEL_LINES',
-    'MARGIN_COLOURS',
+    'MODEL_COLOURS',
+    'CHANGE_COLOUR',
     'QUERY_LINES',
     'finish_axes',
     'averages',
@@ -71,25 +72,27 @@ def draw_distances(
             ax.fill_between(line[by], *edges, color=colour, alpha=0.2, linewidth=0)
         ax.set(title=f"{kind} queries", xlabel=label)
     axes[0, 0].set_ylabel("cosine distance\n(unaligned model: downwards)")
+    axes[0, 0].yaxis.set_major_formatter(lambda value, _: f"{abs(value):.2f}")
     return finish_axes(fig, list(axes[0]), 2)
 
 
 # %% ../../../nbs/engine/drawings/probe.ipynb #drawings-probe-011
-MARGIN_COLOURS = ("#D55E00", "#0072B2", "#009E73")
+MODEL_COLOURS = {"unaligned": "#888888", "aligned": "#117733"}
+CHANGE_COLOUR = "#222222"  # of a difference of models
 QUERY_LINES = {"harmful": ("-", "o"), "benign (control)": ("--", "s")}
 
 
 def draw_margins(
     table: pd.DataFrame,  # [`group`, queries, block, margin, low, high]
-    group: str,  # column with a colour for each value, e.g. "model"
+    group: str,  # "model", or another column: then all lines are black
     words: tuple[str, str],  # of the vertical axis, and above the plot
 ) -> plt.Figure:
     "Margins by block with 95 % bands; the shaded half is the one nearer to refusing."
     fig, ax = plt.subplots(figsize=(8, 3.8))
-    names = list(dict.fromkeys(table[group]))
     for (name, kind), line in table.groupby([group, "queries"], sort=False):
         style, marker = QUERY_LINES[kind]
-        look = {"color": MARGIN_COLOURS[names.index(name)], "marker": marker, "markersize": 3}
+        colour = MODEL_COLOURS.get(name, CHANGE_COLOUR)
+        look = {"color": colour, "marker": marker, "markersize": 3}
         ax.plot(line["block"], line["margin"], style, label=f"{name}, {kind} queries", **look)
         edges = line["low"], line["high"]
         ax.fill_between(line["block"], *edges, color=look["color"], alpha=0.2, linewidth=0)
@@ -111,7 +114,8 @@ def draw_wordings(
     for i, (kind, own) in enumerate(table.groupby("queries", sort=False)):
         at = [wordings.index(w) + 0.2 * (i - 0.5) for w in own["wording"]]
         error = own["margin"] - own["low"], own["high"] - own["margin"]
-        look = {"color": MARGIN_COLOURS[i], "fmt": QUERY_LINES[kind][1], "capsize": 3}
+        look = {"color": CHANGE_COLOUR, "fmt": QUERY_LINES[kind][1], "capsize": 3}
+        look["mfc"] = CHANGE_COLOUR if i == 0 else "white"
         ax.errorbar(own["margin"], at, xerr=error, label=f"{kind} queries", **look)
     ax.axvline(0, color="0.3", linewidth=0.9)
     ax.set(yticks=range(len(wordings)), yticklabels=wordings, title=title)
