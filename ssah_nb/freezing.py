@@ -112,12 +112,12 @@ WAYS = {  # name -> what is done, and whose idea it is
     "full": "all weights are trained",
     "scu_top_cu": "SCU and the top CU frozen (the paper)",
     "scu_all_cu": "SCU and all CU frozen (the paper)",
-    "random": "random units frozen, our size (control)",
-    "random_per_layer": "random units frozen, our size in each layer (control)",
+    "random": "as many random units as in SCU + all CU frozen (control)",
+    "random_per_layer": "the same, with as many in each layer (control)",
     "sn_tune": "0.4 % of the unit parameters frozen, by Î_S without foundation units "
     "(RSN-Tune, Zhao et al. 2025, OpenReview yR47RmND1m)",
-    "sn_tune_our_size": "the same, as many parameters as ours",
-    "safety_layers": "all units of contiguous layers frozen, our size "
+    "sn_tune_our_size": "the same, as many parameters as SCU + all CU",
+    "safety_layers": "all units of contiguous layers frozen, about as many as SCU + all CU "
     "(Li et al. 2024, arXiv 2408.17003)",
     "lora": "a LoRA adapter is trained and merged (Hu et al. 2021, arXiv 2106.09685)",
     "safe_lora": "the same, then projected onto what alignment changed "
