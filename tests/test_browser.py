@@ -109,21 +109,46 @@ def lab(tmp_path_factory):
     server.wait(30)
 
 
-def run_all_cells(browser, url: str) -> None:
-    """Open a notebook, run all its cells from the menu, wait for the kernel, and save it."""
+def code_cells(path: Path) -> list:
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def save(page) -> None:
+    """Save the notebook. JupyterLab may ask first, since its own autosave has touched the file."""
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(1_500)
+    overwrite = page.locator(".jp-Dialog button", has_text="Overwrite")
+    if overwrite.count():
+        overwrite.first.click()
+        page.wait_for_timeout(1_000)
+
+
+def run_all_cells(browser, url: str, path: Path) -> None:
+    """Open a notebook, run all cells from the menu, and save it until each cell has run."""
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     page.goto(url)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-    idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
-    page.wait_for_selector(idle, timeout=90_000)
+    page.wait_for_timeout(3_000)
+    if page.locator(".jp-Dialog", has_text="Select Kernel").count():  # a server that just started
+        page.locator(".jp-Dialog button", has_text="Select").last.click()
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=90_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_timeout(2_000)
-    page.wait_for_selector(idle, timeout=600_000)
-    page.keyboard.press("Control+s")
-    page.wait_for_timeout(2_000)
-    assert page.locator(".jp-Dialog").count() == 0
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        page.wait_for_timeout(3_000)
+        save(page)
+        cells = code_cells(path)
+        if all(cell.execution_count for cell in cells) or errors_of(cells):
+            break
+    asked = page.locator(".jp-Dialog").all_inner_texts()
     page.close()
+    assert not asked
+
+
+def errors_of(cells: list) -> list[str]:
+    return [output.evalue for c in cells for output in c.outputs if output.output_type == "error"]
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -135,8 +160,8 @@ def test_chapter_runs_in_jupyterlab(browser, lab, chapter):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     nbformat.write(notebook, path)
-    run_all_cells(browser, f"{address}/lab/workspaces/{chapter}/tree/nbs/{path.name}")
-    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    errors = [output.evalue for c in cells for output in c.outputs if output.output_type == "error"]
-    assert not errors
-    assert all(c.execution_count for c in cells if c.source.strip())
+    url = f"{address}/lab/workspaces/{chapter}/tree/nbs/{path.name}"
+    run_all_cells(browser, url, path)
+    cells = code_cells(path)
+    assert not errors_of(cells)
+    assert all(cell.execution_count for cell in cells)
