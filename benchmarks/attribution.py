@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from ssah_nb.attribution import importance
-from ssah_nb.engine.batches import decoder, encode_pairs, token_batches
+from ssah_nb.engine.batches import decoder, token_batches
+from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.data import load_pairs
 from ssah_nb.engine.models import load_model
 from ssah_nb.engine.run import processor, set_seed, show_progress

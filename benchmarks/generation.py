@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from ssah_nb.engine.batches import encode_prompts
+from ssah_nb.engine.chat import encode_prompts
 from ssah_nb.engine.data import load_pairs
 from ssah_nb.engine.evaluation import SYSTEM_PROMPTS
 from ssah_nb.engine.generation import (

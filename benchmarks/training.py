@@ -19,7 +19,7 @@ import time
 import pandas as pd
 import torch
 
-from ssah_nb.engine.batches import encode_pairs
+from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.data import load_pairs
 from ssah_nb.engine.models import load_model
 from ssah_nb.engine.run import pick_device, processor, set_seed, show_progress

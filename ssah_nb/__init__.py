@@ -10,7 +10,6 @@ from .engine.data import embedded_splits, load_pairs
 from .engine.evaluation import (
     attack_success,
     coherence,
-    is_refusal,
     over_refusal,
     perplexity,
     safety_report,
@@ -18,6 +17,7 @@ from .engine.evaluation import (
 )
 from .engine.generation import generate
 from .engine.intervals import Estimate
+from .engine.judges import is_refusal
 from .engine.models import load_model, save_model
 from .engine.preferences import finetune_dpo, preferences, reference_margins
 from .engine.run import SsahError, pick_mixed, set_seed, show_progress

@@ -19,10 +19,11 @@ __all__ = [
 # %% ../nbs/03_attribution.ipynb #03-attribution-006
 import torch
 from collections.abc import Iterable
-from .engine.batches import decoder, encode_pairs, token_batches
+from .engine.batches import decoder, token_batches
+from .engine.chat import encode_pairs
 from .engine.calibration import can_make, read_calibration, save_calibration, with_halves
 from .engine.data import load_splits
-from .engine.evaluation import is_refusal
+from .engine.judges import is_refusal
 from .engine.generation import generate
 from .engine.models import load_stage
 from .engine.run import Run, SsahError

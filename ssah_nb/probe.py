@@ -29,7 +29,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .engine.run import SsahError, progress
 from .engine.intervals import bootstrap_mean
-from .engine.batches import TokenBatch, decoder, encode_prompts, token_batches
+from .engine.batches import TokenBatch, decoder, token_batches
+from .engine.chat import encode_prompts
 from .engine.generation import evaluating
 
 

@@ -7,7 +7,8 @@ import torch
 from helpers_calibration import KINDS, PAIRS, TOKENIZER, close
 
 from ssah_nb.attribution import importance, zscore
-from ssah_nb.engine.batches import encode_pairs, token_batches
+from ssah_nb.engine.batches import token_batches
+from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.models import ARCHITECTURES, tiny_model
 from ssah_nb.engine.run import SsahError
 from ssah_nb.engine.scores import METHODS

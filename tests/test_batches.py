@@ -5,14 +5,8 @@ import random
 import pytest
 from helpers import one_line
 
-from ssah_nb.engine.batches import (
-    chat_prompt,
-    decoder,
-    encode_pairs,
-    encode_prompts,
-    end_of_turn,
-    token_batches,
-)
+from ssah_nb.engine.batches import decoder, token_batches
+from ssah_nb.engine.chat import chat_prompt, encode_pairs, encode_prompts, end_of_turn
 from ssah_nb.engine.models import CHATML, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 from ssah_nb.units import depth_two

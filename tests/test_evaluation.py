@@ -10,15 +10,12 @@ import torch
 from datasets import Dataset
 
 from ssah_nb.engine import evaluation
-from ssah_nb.engine.batches import encode_pairs
+from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.evaluation import (
-    KEYWORDS,
     attack_success,
     coherence,
     coherence_threshold,
     earlier_report,
-    guard_judge,
-    is_refusal,
     over_refusal,
     pair_losses,
     perplexity,
@@ -26,6 +23,7 @@ from ssah_nb.engine.evaluation import (
     safety_report,
     text_perplexity,
 )
+from ssah_nb.engine.judges import KEYWORDS, guard_judge, is_refusal
 from ssah_nb.engine.generation import generate
 from ssah_nb.engine.intervals import wilson
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer

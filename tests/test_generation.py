@@ -6,7 +6,7 @@ from datasets import Dataset
 from helpers import one_line
 from transformers import GenerationConfig
 
-from ssah_nb.engine.batches import encode_prompts
+from ssah_nb.engine.chat import encode_prompts
 from ssah_nb.engine.generation import evaluating, generate, greedy_tokens, stop_ids
 from ssah_nb.engine.models import ARCHITECTURES, is_mixed, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ssah_nb.attribution import importance
 from ssah_nb.budget import redundant_units, train_only
-from ssah_nb.engine.batches import chat_prompt
+from ssah_nb.engine.chat import chat_prompt
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.preferences import finetune_dpo, preferences, reference_margins
 from ssah_nb.engine.run import SsahError

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssah_nb.engine.batches import chat_prompt
+from ssah_nb.engine.chat import chat_prompt
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 from ssah_nb.probe import probe, probe_margin

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import encode_prompts, end_of_turn, evaluation_mode
+from .batches import evaluation_mode
+from .chat import encode_prompts, end_of_turn
 from .models import is_mixed
 from .run import SsahError, progress
 

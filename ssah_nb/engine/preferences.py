@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .alignment import STOCK_REFUSALS
 from .run import SsahError
-from .batches import TokenBatch, decoder, encode_pairs, pad_batch, response_losses
+from .batches import TokenBatch, decoder, pad_batch, response_losses
+from .chat import encode_pairs
 from .training import optimize, training_batches
 
 

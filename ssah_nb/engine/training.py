@@ -26,7 +26,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import decoder, encode_pairs, response_losses, token_batches
+from .batches import decoder, response_losses, token_batches
+from .chat import encode_pairs
 from .evaluation import perplexity
 from .models import is_mixed
 from .run import SsahError, progress

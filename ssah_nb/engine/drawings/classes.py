@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
-from ..batches import encode_pairs, encode_prompts
+from ..chat import encode_pairs, encode_prompts
 from ..figures import COLOURS
 from transformers import PreTrainedTokenizerBase
 
