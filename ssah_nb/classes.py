@@ -29,8 +29,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from .attribution import Importance, load_scores
 from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off, whole_model
+from .engine.inputs import as_rows
 from .engine.intervals import Estimate
+from .engine.limits import check_amounts, check_shares
 from .engine.parts import plain_linear
+from .engine.proof import check_cut, trial_logits
 from .engine.run import Run, SsahError
 from ssah_nb.units import (
     CLASSES,
@@ -49,11 +52,7 @@ from .engine.scores import check_same_scoring
 # %% ../nbs/04_classes.ipynb #04-classes-019
 def check_ratios(**ratios: float):  # each 0 to 1
     "Raise `SsahError` for a ratio outside 0 to 1, or ratios that together exceed 1."
-    for name, r in ratios.items():
-        if not 0 <= r <= 1:
-            raise SsahError(
-                f"ratio {name}={r} is not between 0 and 1; give a share, e.g. 0.01 for 1 %"
-            )
+    check_shares(**ratios)
     if sum(ratios.values()) > 1:
         raise SsahError(
             f"ratios {ratios} overlap: together they are more than 1; lower one of them"
@@ -172,10 +171,11 @@ def pruned(
 # %% ../nbs/04_classes.ipynb #04-classes-041
 def search_row(ratio: float, mask: UnitMask, measure: Callable) -> dict:
     "What the search measures at one share."
-    attack, perplexity = measure(mask)
-    if not isinstance(attack, Estimate):
+    found = measure(mask)
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Estimate):
         what = "return (attack_success(...), perplexity(...))"
         raise SsahError(f"`measure` gave no estimate of attack success; {what}")
+    attack, perplexity = found
     row = {"scu": ratio, "units": len(mask)} | attack.columns("attack_success")
     return row | {"perplexity": float(perplexity), "steady": True, "lowers_safety": False}
 
@@ -198,6 +198,11 @@ def search_scu(
     **classify_options,  # ucu, ru, ratio_of, square_attention
 ) -> tuple[float, pd.DataFrame]:
     "The chosen ratio, and what was measured: one row a ratio, the dense model first."
+    ratios = as_rows(ratios, "ratios")
+    check_shares(**{f"ratios[{i}]": ratio for i, ratio in enumerate(ratios)})
+    check_amounts(max_perplexity_ratio=max_perplexity_ratio)
+    if not callable(measure):
+        raise SsahError("`measure` is no function; give one that takes a mask and measures it")
     ratios = sorted(ratios, reverse=True)
     if not ratios:
         raise SsahError("no ratios to search; give at least one, e.g. [0.02, 0.01]")
@@ -239,7 +244,7 @@ def prune(
     model: PreTrainedModel,  # not changed
     mask: UnitMask,  # units to remove
 ) -> PreTrainedModel:
-    "A smaller copy without these units, equal to `pruned` in function."
+    "A smaller copy, equal to `pruned` in function. Raises `SsahError` where it would not be."
     if hasattr(model.config, "ssah_kept"):
         raise SsahError(
             "the model is pruned already; prune the original by both masks at once: first | second"
@@ -251,8 +256,9 @@ def prune(
     for name in plan:
         plain_linear(model, name)
     with pruned(model, mask):
-        smaller = copy.deepcopy(model)
+        smaller, wanted = copy.deepcopy(model), trial_logits(model)
     cut(smaller, plan)
+    check_cut(smaller, wanted)
     indices = lambda rows: [torch.nonzero(row).flatten().tolist() for row in rows]
     smaller.config.ssah_kept = {kind: indices(rows) for kind, rows in kept.items()}
     return smaller

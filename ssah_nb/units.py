@@ -8,6 +8,7 @@ __all__ = [
     'DepthTwo',
     'mlp_units',
     'attention_units',
+    'are_linears',
     'has_units',
     'check_equal_layers',
     'depth_two',
@@ -40,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .engine.batches import UNIT_NEEDS, decoder
 from .engine.columns import draw_like
+from .engine.proof import architecture, prove
 from .engine.run import SsahError
 from .engine.tensors import load_tensors, save_tensors
 from torch import nn
@@ -87,26 +89,35 @@ def attention_units(
     else:
         kv = attention.k_proj.out_features
         q, *shared = ((f"{at}.{name}_proj", 0) for name in "qkv")
-    units, group = channels // width, channels // kv
+    units, group = channels // width, max(1, channels // max(1, kv))
     return DepthTwo("attention", f"{at}.o_proj", (q,), tuple(shared), units, width, group)
 
 
 # %% ../nbs/01_units.ipynb #01-units-depth-two
+def are_linears(module: nn.Module | None, *names: str) -> bool:  # module: a part of a block
+    "Whether a module has linears of these names."
+    return all(hasattr(getattr(module, name, None), "in_features") for name in names)
+
+
 def has_units(layer: nn.Module) -> bool:  # a block
     "Whether a block has a gated MLP, and attention, of linears with known names."
     mlp, attention = getattr(layer, "mlp", None), getattr(layer, "self_attn", None)
-    writes = hasattr(mlp, "down_proj") and hasattr(attention, "o_proj")
-    mlp_reads = hasattr(mlp, "gate_up_proj") or hasattr(mlp, "gate_proj")
-    return writes and mlp_reads and any(hasattr(attention, n) for n in ("qkv_proj", "q_proj"))
+    gated = are_linears(mlp, "gate_up_proj") or are_linears(mlp, "gate_proj", "up_proj")
+    alone = are_linears(attention, "q_proj", "k_proj", "v_proj")
+    heads = alone or are_linears(attention, "qkv_proj")
+    return gated and heads and are_linears(mlp, "down_proj") and are_linears(attention, "o_proj")
 
 
 def check_equal_layers(model: nn.Module, found: dict[str, list[DepthTwo]]):
-    "Raise `SsahError` when the layers differ in their number of units."
-    if any(m.units != modules[0].units for modules in found.values() for m in modules):
-        raise SsahError(
-            f"the layers of this {type(model).__name__} differ in their number of units; "
-            "a pruned model has no unit map, use the whole one"
-        )
+    "Raise `SsahError` when the layers differ in their units."
+    facts = {"units": "number of units", "width": "width of a head", "group": "size of a group"}
+    for fact, words in facts.items():
+        for modules in found.values():
+            if len({getattr(m, fact) for m in modules}) > 1:
+                raise SsahError(
+                    f"the layers of this {architecture(model)} differ in their {words}; "
+                    "a pruned model has no unit map, use the whole one"
+                )
 
 
 # %% ../nbs/01_units.ipynb #01-units-depth-two-2
@@ -124,6 +135,7 @@ def depth_two(
         found["mlp"].append(mlp_units(layer.mlp, f"{at}.mlp"))
         found["attention"].append(attention_units(layer.self_attn, f"{at}.self_attn", heads))
     check_equal_layers(model, found)
+    prove(model, found)
     return found
 
 
