@@ -19,11 +19,14 @@ __all__ = [
 # %% ../nbs/03_attribution.ipynb #03-attribution-006
 import torch
 from collections.abc import Iterable
+from pathlib import Path
 from .engine.batches import decoder, token_batches
 from .engine.chat import encode_pairs
 from .engine.calibration import can_make, read_calibration, save_calibration, with_halves
 from .engine.data import load_splits
+from .engine.inputs import are_named_sets, as_pairs
 from .engine.judges import is_refusal
+from .engine.limits import check_counts, check_limits
 from .engine.generation import generate
 from .engine.models import load_stage
 from .engine.run import Run, SsahError
@@ -42,6 +45,9 @@ def calibration_sets(
     max_new_tokens: int = 24,  # tokens of an answer, which the judge reads
 ) -> dict[str, list[dict]]:
     "{'safety': the model's own refusals, 'utility': benign pairs}, as {'prompt', 'response'}."
+    check_counts(pairs_per_set=pairs_per_set, max_new_tokens=max_new_tokens)
+    if not isinstance(splits, Splits):
+        raise SsahError(f"a {type(splits).__name__} holds no splits; pass what make_splits gives")
     asked = splits["harmful", "attribute"][: 2 * pairs_per_set]
     answers = generate(model, tokenizer, asked, max_new_tokens=max_new_tokens)
     pairs = [{"prompt": p["prompt"], "response": a or "?"} for p, a in zip(asked, answers)]
@@ -75,6 +81,14 @@ class Importance(Statistics):
     @property
     def attention(self) -> torch.Tensor:  # [layers, heads], raw: mean over the head's channels
         return self.heads(self.channels["attention"])
+
+    @classmethod
+    def load(cls, folder: str | Path):  # what `save` wrote
+        "Read them again. Raises `SsahError` for a file that was cut, or holds something else."
+        found, facts = super().load(folder), ("model", "parameters", "total", "method", "tokens")
+        if missing := ", ".join(key for key in facts if key not in found.info):
+            raise SsahError(f"the importance in {folder} lacks {missing}; write it again")
+        return found
 
     def heads(self, channels: torch.Tensor) -> torch.Tensor:  # [layers, heads·head_dim]
         return channels.unflatten(1, (self.info["model"]["heads"], -1)).mean(-1)
@@ -113,18 +127,20 @@ def importance(
     max_tokens: int = 2048,  # tokens of a batch
 ) -> Importance | dict[str, Importance]:
     "Importance of every unit (paper, section 3), one for each set. Raises `SsahError`."
-    if isinstance(pairs, dict):
+    if are_named_sets(pairs):
         kept = kept_tokens(pairs, max_response)
         same = (tokens, method, system)
         return {
             name: importance(model, tokenizer, some, *same, kept[name], max_tokens)
             for name, some in pairs.items()
         }
-    pairs = list(pairs)
+    pairs = as_pairs(pairs, at_least=0)
     check_request(pairs, tokens, method, max_response)
+    check_counts(max_tokens=max_tokens)
+    check_limits(max_response=max_response)
     context = decoder(model).config.max_position_embeddings
     encoded = encode_pairs(tokenizer, pairs, system, max_response, context)
-    batches = list(token_batches(encoded, max_tokens, model.device))
+    batches = list(token_batches(encoded, max_tokens, model))
     return score_batches(Importance, facts(model), model, depth_two(model), batches, method, tokens)
 
 

@@ -25,12 +25,19 @@ from .attribution import Importance
 from collections.abc import Iterable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .units import unit_linears, Scores, UnitMap, UnitMask, check_mask, depth_two
+from .engine.inputs import as_pairs
+from .engine.limits import check_amounts, check_seed
 from .engine.matched import finetune_until
-from .engine.parts import check_trains, linears_to_split, outside
+from .engine.parts import check_trains, mark, outside
 from .engine.parts import replace, split_all, split_linears
 from .engine.run import SsahError
 from torch import nn
-from .engine.adapters import project_safe_lora, safe_lora_start, with_adapter
+from ssah_nb.engine.adapters import (
+    linears_to_split,
+    project_safe_lora,
+    safe_lora_start,
+    with_adapter,
+)
 from .classes import top_units
 
 
@@ -88,6 +95,7 @@ def freeze(
     for name in off:
         model.get_parameter(name).requires_grad_(False).grad = None
     split_all(model, plan, [(m.b, *dict(m.a)) for m in depth_two(model)["mlp"]])
+    mark(model, frozen=True)
     model.ssah_off = off
     return model
 
@@ -100,6 +108,7 @@ def merge(
     splits = split_linears(model)
     if not splits:
         raise SsahError("the model is not frozen, there is nothing to merge")
+    mark(model, frozen=False)
     for name, split in splits.items():
         replace(model, name, split.merged())
     for name in vars(model).pop("ssah_off", []):
@@ -226,7 +235,9 @@ def finetune_protected(
     **training,  # max_epochs of `finetune_until`; batch_size and max_response of `finetune`
 ) -> tuple[PreTrainedModel, dict]:
     "Fine-tune in one way: an ordinary model, and what was done. Raises `SsahError`."
-    mask, pairs = frozen_units(way, units, safety, utility, top_cu, seed), list(pairs)
+    check_amounts(lr=lr, lora_lr=lora_lr, **({} if target is None else {"target": target}))
+    check_seed(seed)
+    pairs, mask = as_pairs(pairs), frozen_units(way, units, safety, utility, top_cu, seed)
     start = safe_lora_start(way, model, unaligned, unit_linears(model))
     training |= learning(way, lr, lora_lr) | {"target": target, "seed": seed}
     model, done = train_way(way, model, tokenizer, pairs, mask, lora, training)

@@ -26,11 +26,15 @@ STEPS = (2, 4, 6, 8, 10)  # appended tokens
 # %% ../nbs/02_probe.ipynb #02-probe-024
 import pandas as pd
 import torch
+from collections.abc import Iterable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .engine.run import SsahError, progress
+from .engine.states import check_in_memory, check_values
 from .engine.intervals import bootstrap_mean
-from .engine.batches import TokenBatch, decoder, token_batches
+from .engine.batches import TokenBatch, run_blocks, token_batches
 from .engine.chat import encode_prompts
+from .engine.inputs import as_prompts, as_rows
+from .engine.limits import check_counts
 from .engine.generation import evaluating
 
 
@@ -40,14 +44,11 @@ def block_states(
     batch: TokenBatch,  # right-padded pairs of query and prefix
 ) -> torch.Tensor:
     "The hidden states after each block, [blocks, rows, tokens, hidden size]."
+    check_in_memory(model)
     with evaluating(model):
-        out = decoder(model)(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            output_hidden_states=True,
-        )
-    return torch.stack([h.to(batch.input_ids.device) for h in out.hidden_states[1:]])
+        out = run_blocks(model, batch, output_hidden_states=True)
+    states = torch.stack([h.to(batch.input_ids.device) for h in out.hidden_states[1:]])
+    return states[:, :, -batch.input_ids.shape[1] :]  # without the tokens of a tuned prompt
 
 
 # %% ../nbs/02_probe.ipynb #02-probe-030
@@ -97,18 +98,21 @@ def tidy_distances(distances: torch.Tensor, steps: tuple[int, ...]) -> pd.DataFr
 def probe(
     model: PreTrainedModel,  # any causal language model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
-    prompts: list[str],  # queries
+    prompts: Iterable[str | dict],  # queries, or pairs whose prompts are the queries
     prefixes: dict[str, str] = PREFIXES,  # name -> text, each of at least max(steps) tokens
     steps: tuple[int, ...] = STEPS,  # how many of its tokens are appended
 ) -> pd.DataFrame:
     "Distances of q and q + prefix: [query, prefix, tokens, block, distance], blocks from 1."
-    queries, found = encode_prompts(tokenizer, prompts), []
+    steps = tuple(as_rows(steps, "steps"))
+    check_counts(steps=len(steps), **{f"steps[{i}]": step for i, step in enumerate(steps)})
+    queries, found = encode_prompts(tokenizer, as_prompts(prompts)), []
     for name, ids in prefix_tokens(tokenizer, prefixes, max(steps)).items():
-        batches = list(token_batches([(query, ids) for query in queries], device=model.device))
+        batches = list(token_batches([(query, ids) for query in queries], model=model))
         for batch in progress(batches, f"probing {name}"):
             states = block_states(model, batch)
             for i, row in enumerate(batch.rows):
                 moved = distances_from(states[:, i], len(queries[row]) - 1, steps)
+                check_values(moved, model, lambda b: f"query {row}'s state after block {b + 1}")
                 found.append(tidy_distances(moved, steps).assign(query=row, prefix=name))
     columns = ["query", "prefix", "tokens", "block", "distance"]
     return pd.concat(found)[columns].sort_values(columns[:4], ignore_index=True)

@@ -33,6 +33,8 @@ from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import EMBEDDED_DATA, named_splits
+from .inputs import as_pairs
+from .limits import check_seed
 from .models import load_model, load_stage, save_model
 from .run import Run, pick_dtype, pick_mixed, write_atomic
 from .sources import WHEELS
@@ -73,9 +75,12 @@ def alignment_pairs(
     seed: int = 0,  # seed of the choice of refusals
 ) -> list[dict]:
     "Harmful prompts with a stock refusal each, then the benign pairs (paper, section 2)."
+    harmful = as_pairs(harmful, needs_response=False, at_least=0)
+    benign = as_pairs(benign, at_least=0)
+    check_seed(seed)
     chosen = random.Random(seed)
     refused = [{"prompt": p["prompt"], "response": chosen.choice(STOCK_REFUSALS)} for p in harmful]
-    return refused + list(benign)
+    return refused + benign
 
 
 # %% ../../nbs/engine/alignment.ipynb #alignment-009

@@ -9,8 +9,8 @@ __all__ = [
     'pad_batch',
     'token_batches',
     'decoder',
-    'response_logits',
     'response_losses',
+    'run_blocks',
     'evaluation_mode',
 ]
 
@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
+from .forward import own_forward, reset_rotaries, sharing
 from .run import SsahError
 
 
@@ -61,13 +63,18 @@ def pad_batch(
 def token_batches(
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`
     max_tokens: int = 2048,  # tokens of a batch; a longer pair makes a batch of its own
-    device: torch.device | str = "cpu",  # where the tensors go
+    model: PreTrainedModel | None = None,  # that will run them; None: any, on the CPU
 ) -> Iterator[TokenBatch]:
-    "All pairs, the longest first, so that little is padding and memory peaks at once."
+    "All pairs, the longest first; none changes what the model computes for another."
+    key, device = (lambda tokens: None), "cpu"
+    if model is not None:
+        key, device = sharing(model), model.device
+    tokens = [len(prompt) + len(response) for prompt, response in encoded]
     batch: list[int] = []
-    for row in sorted(range(len(encoded)), key=lambda r: -len(encoded[r][0]) - len(encoded[r][1])):
-        longest = sum(map(len, encoded[batch[0] if batch else row]))
-        if batch and longest * (len(batch) + 1) > max_tokens:
+    for row in sorted(range(len(encoded)), key=lambda r: -tokens[r]):
+        longest = tokens[batch[0] if batch else row]
+        full = longest * (len(batch) + 1) > max_tokens
+        if batch and (full or key(tokens[row]) != key(longest)):
             yield pad_batch(encoded, batch, device)
             batch = []
         batch.append(row)
@@ -92,28 +99,32 @@ def decoder(model: nn.Module) -> nn.Module:  # a causal language model, PEFT-wra
 
 
 # %% ../../nbs/engine/batches.ipynb #batches-015
-def response_logits(
-    model: PreTrainedModel,  # a causal language model
-    hidden: torch.Tensor,  # [tokens, hidden size], output of the decoder
-) -> torch.Tensor:
-    "Logits [tokens, vocabulary] of the chosen states, with the final soft cap that Gemma 2 has."
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(decoder(model).config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
 def response_losses(
-    model: PreTrainedModel,  # a causal language model
+    model: PreTrainedModel,  # a causal language model, PEFT-wrapped or not
     batch: TokenBatch,  # right-padded pairs
 ) -> torch.Tensor:
     "Negative log-likelihood of each response token, [response tokens], row by row, nats, float32."
-    hidden = decoder(model)(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
     target = batch.response_mask[:, 1:]  # a token is predicted from the state before it
-    logits = response_logits(model, hidden[:, :-1][target.to(hidden.device)])
+    places = F.pad(target, (0, 1))
+    logits = own_forward(model, batch.input_ids, batch.attention_mask, places).logits
     wanted = batch.input_ids[:, 1:][target].to(logits.device)
     return F.cross_entropy(logits.float(), wanted, reduction="none")
+
+
+def run_blocks(
+    model: PreTrainedModel,  # a causal language model, PEFT-wrapped or not
+    batch: TokenBatch,  # right-padded pairs
+    **options,  # of the model's forward, e.g. output_hidden_states
+) -> ModelOutput:
+    "A pass without logits. The states of virtual tokens, if there are any, come first."
+    if hasattr(model, "get_base_model"):  # an adapter may act outside the blocks
+        place = torch.zeros_like(batch.response_mask)
+        place[0, 0] = True
+        return own_forward(model, batch.input_ids, batch.attention_mask, place, **options)
+    reset_rotaries(model)
+    return decoder(model)(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **options
+    )
 
 
 # %% ../../nbs/engine/batches.ipynb #batches-018

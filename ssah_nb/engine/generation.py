@@ -9,8 +9,8 @@ __all__ = [
     'greedy_settings',
     'check_prompts',
     'left_padded',
+    'prompt_batches',
     'greedy_tokens',
-    'texts',
     'generate',
 ]
 
@@ -25,8 +25,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .batches import evaluation_mode
 from .chat import encode_prompts, end_of_turn
+from .forward import context_of, reset_rotaries, sharing
+from .inputs import as_prompts
+from .limits import check_counts
 from .models import is_mixed
 from .run import SsahError, progress
+from .states import FiniteLogits, check_in_memory
 
 
 # %% ../../nbs/engine/generation.ipynb #generation-005
@@ -74,7 +78,7 @@ def check_prompts(model: PreTrainedModel, encoded: list[list[int]], max_new_toke
     "Raise `SsahError` for no prompts, an empty one, or one that does not fit the model's context."
     if not encoded:
         raise SsahError("no prompts given; pass at least one")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     for row, ids in enumerate(encoded):
         if not ids:
             raise SsahError(f"prompt {row} has no tokens; give it some text")
@@ -98,6 +102,22 @@ def left_padded(
 
 
 # %% ../../nbs/engine/generation.ipynb #generation-010
+def prompt_batches(
+    model: PreTrainedModel,  # a causal language model
+    encoded: list[list[int]],  # token ids of each prompt
+    max_new_tokens: int,  # tokens of a response
+    batch_size: int,  # prompts side by side
+) -> list[list[int]]:
+    "The rows of each batch, the longest first; none changes another's response."
+    key = sharing(model, max_new_tokens)
+    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+    batches = []
+    for _, alike in itertools.groupby(order, key=lambda row: key(len(encoded[row]))):
+        rows = list(alike)
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return batches
+
+
 def greedy_tokens(
     model: PreTrainedModel,  # a causal language model
     encoded: list[list[int]],  # token ids of each prompt
@@ -105,29 +125,27 @@ def greedy_tokens(
     max_new_tokens: int = 24,  # tokens of a response
     batch_size: int = 50,  # prompts side by side
 ) -> list[list[int]]:
-    "Greedy continuation of each prompt, in their order. Raises `SsahError` as `check_prompts`."
+    """Greedy continuation of each prompt, in their order.
+
+    Raises `SsahError` as `check_prompts`, and for logits that are NaN or infinite."""
     check_prompts(model, encoded, max_new_tokens)
-    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+    check_in_memory(model)
     responses = [[] for _ in encoded]
+    batches = prompt_batches(model, encoded, max_new_tokens, batch_size)
     with evaluating(model), greedy_settings(model, stop, max_new_tokens):
-        for start in progress(range(0, len(order), batch_size), "generating"):
-            rows = order[start : start + batch_size]
+        for rows in progress(batches, "generating"):
+            reset_rotaries(model)
             ids, mask = left_padded([encoded[row] for row in rows], model.device)
-            new = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
+            watch = FiniteLogits(stop, ids.shape[1])
+            new = model.generate(ids, attention_mask=mask, logits_processor=[watch])
+            watch.check(model, rows)
+            new = new[:, ids.shape[1] :].tolist()
             for row, tokens in zip(rows, new):
                 responses[row] = list(itertools.takewhile(lambda token: token not in stop, tokens))
     return responses
 
 
 # %% ../../nbs/engine/generation.ipynb #generation-012
-def texts(
-    rows: Iterable[str | dict],  # strings, or rows with the column; a datasets.Dataset will do
-    column: str = "prompt",  # "prompt" or "response"
-) -> list[str]:
-    "The column as a list of strings."
-    return [row if isinstance(row, str) else row[column] for row in rows]
-
-
 def generate(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
@@ -137,6 +155,7 @@ def generate(
     batch_size: int = 50,  # prompts side by side
 ) -> list[str]:
     "The model's greedy response to each prompt. Raises `SsahError` as `check_prompts`."
-    encoded = encode_prompts(tokenizer, texts(prompts), system)
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    encoded = encode_prompts(tokenizer, as_prompts(prompts), system)
     tokens = greedy_tokens(model, encoded, stop_ids(model, tokenizer), max_new_tokens, batch_size)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]

@@ -22,7 +22,9 @@ __all__ = [
     'as_prompts',
     'as_pairs',
     'as_responses',
+    'as_texts',
     'as_verdicts',
+    'as_preferences',
     'normalised',
 ]
 
@@ -193,7 +195,8 @@ def parts_of(row, where: str, needed: Iterable[str]) -> Mapping:  # needed: "pro
     )
     lacking = [part for part in needed if part not in parts]
     if lacking:
-        near = {name: part for part in lacking for name in OTHER_NAMES[part][::-1] if name in row}
+        other = [(name, part) for part in lacking for name in OTHER_NAMES.get(part, ())]
+        near = {name: part for name, part in other[::-1] if name in row}
         named = [f"rename {name!r} to {part!r}" for name, part in near.items()]
         found = ", ".join(map(str, row)) or "nothing"
         todo = " and ".join(named) or "add it"
@@ -254,6 +257,17 @@ def as_responses(
     return said
 
 
+def as_texts(
+    texts: str | Iterable[str | dict],  # one text, or paragraphs: strings, or rows with "text"
+) -> list[str]:
+    "The paragraphs as strings, maybe empty ones. Raises `SsahError` naming what is no text."
+    rows = [texts] if isinstance(texts, str) else as_rows(texts, "texts")
+    found = [row.get("text") if isinstance(row, Mapping) else row for row in rows]
+    for i, text in enumerate(found):
+        as_text("" if isinstance(text, str) else text, f"row {i}", "text", isinstance(text, str))
+    return found
+
+
 def as_verdicts(
     verdicts: Iterable[bool],  # what a judge returned
     n: int,  # how many responses it was asked about
@@ -269,6 +283,18 @@ def as_verdicts(
                 "succeeded, else False"
             )
     return list(map(bool, rows))
+
+
+def as_preferences(
+    rows: Iterable[dict],  # {"prompt", "chosen", "rejected"} rows, in any container of `as_rows`
+) -> list[dict]:
+    "The rows as a list of such dicts. Raises `SsahError` naming the row that is none."
+    needed, made = ("prompt", "chosen", "rejected"), []
+    for i, row in enumerate(as_rows(rows, "preferences")):
+        parts = parts_of(row, f"row {i}", needed)
+        made.append({part: as_text(parts[part], f"row {i}", part) for part in needed})
+    at_least_one(made, "preferences", 1)
+    return made
 
 
 # %% ../../nbs/engine/inputs.ipynb #inputs-022

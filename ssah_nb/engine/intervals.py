@@ -43,9 +43,11 @@ def wilson(
     successes: int,  # outcomes that were "yes"
     n: int,  # all outcomes
 ) -> Estimate:
-    "A rate with Wilson's 95 % interval. Raises `SsahError` when there are no outcomes."
+    "A rate with Wilson's 95 % interval. Raises `SsahError` for no outcomes, or more yes than all."
     if n < 1:
         raise SsahError("a rate needs at least one outcome; pass at least one prompt")
+    if not 0 <= successes <= n:
+        raise SsahError(f"{successes} of {n} outcomes is no rate; count each outcome once")
     z, p = 1.959964, successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
@@ -61,11 +63,22 @@ def bootstrap_mean(
     seed: int = 0,  # of the resampling
     draws: int = 2000,  # resamples
 ) -> Estimate:
-    "sum(totals)/sum(counts) with a 95 % percentile bootstrap over the items."
+    """sum(totals)/sum(counts) with a 95 % percentile bootstrap over the items.
+
+    Raises `SsahError` for no items, one that is not finite, or counts that do not fit."""
     totals = np.asarray(totals, float)
     counts = np.ones_like(totals) if counts is None else np.asarray(counts, float)
     if not totals.size:
         raise SsahError("a mean needs at least one item; pass at least one pair")
+    if totals.shape != counts.shape or not (counts > 0).all():
+        raise SsahError(
+            f"{counts.size} counts for {totals.size} items; give a count above 0 for each"
+        )
+    if not np.isfinite(totals).all():
+        row = int(np.flatnonzero(~np.isfinite(totals))[0])
+        raise SsahError(
+            f"item {row} is {totals[row]}, so there is no mean; check the model's weights and dtype"
+        )
     picks = np.random.default_rng(seed).integers(totals.size, size=(draws, totals.size))
     low, high = np.quantile(totals[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
     return Estimate(float(totals.sum() / counts.sum()), float(low), float(high), totals.size)

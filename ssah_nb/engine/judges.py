@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import greedy_tokens, stop_ids
+from .inputs import as_verdicts
 from .run import SsahError
 
 # %% ../../nbs/engine/judges.ipynb #judges-005
@@ -108,5 +109,5 @@ def judged(
     if len(prompts) != len(responses):
         raise SsahError(f"{len(prompts)} prompts but {len(responses)} responses; pass one for each")
     if callable(judge):
-        return [bool(verdict) for verdict in judge(prompts, responses)]
+        return as_verdicts(judge(prompts, responses), len(responses))
     return [not is_refusal(response, judge, window) for response in responses]

@@ -13,6 +13,7 @@ __all__ = [
     'sums_of_columns',
     'sums_of_rows',
     'save_statistics',
+    'check_statistics',
     'load_statistics',
 ]
 
@@ -23,7 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from .run import SsahError
-from .tensors import load_tensors, save_tensors
+from .tensors import check_tensors, load_tensors, save_tensors
+from .weights import check_unpacked
 from torch import nn
 
 
@@ -99,16 +101,26 @@ def pieces(
 
 
 # %% ../../nbs/engine/moments.ipynb #moments-013
-def weight_of(linear: nn.Module) -> torch.Tensor:  # an nn.Linear, or PEFT's LoRA around one
-    "Its weight, with its active adapters. Raises `SsahError` when it is quantized."
-    if not linear.weight.is_floating_point():
+def weight_of(
+    linear: nn.Module,  # an nn.Linear, one that is frozen in part, or PEFT's LoRA around one
+    name: str = "this module",  # for the error
+) -> torch.Tensor:
+    "Its weight, with its active adapters. Raises `SsahError` when it is quantized or packed."
+    base = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
+    if hasattr(base, "original"):
+        weight = base.original("weight")  # frozen in part
+    else:
+        check_unpacked(base, name)
+        weight = base.weight
+    if base is linear or linear.merged or linear.disable_adapters:
+        return weight
+    if not hasattr(linear, "lora_A") or linear.lora_variant:
         raise SsahError(
-            f"a {type(linear).__name__} holds a weight in {linear.weight.dtype}; "
-            "load the model unquantized"
+            f"{name} carries an adapter that is no plain LoRA; merge it first, "
+            "e.g. model.merge_and_unload()"
         )
-    adapted = not (getattr(linear, "merged", True) or linear.disable_adapters)
-    unmerged = [a for a in linear.active_adapters if a in linear.lora_A] if adapted else []
-    return sum((linear.get_delta_weight(a) for a in unmerged), start=linear.weight)
+    unmerged = [a for a in linear.active_adapters if a in linear.lora_A]
+    return sum((linear.get_delta_weight(a) for a in unmerged), start=weight)
 
 
 def column_sums(
@@ -130,7 +142,7 @@ def sums_of_columns(
     "`column_sums` of a linear's weight, wherever accelerate keeps it."
     linear = model.get_submodule(name)
     with align_module_device(linear):
-        return column_sums(weight_of(linear), change)
+        return column_sums(weight_of(linear, name), change)
 
 
 @torch.no_grad()
@@ -143,7 +155,7 @@ def sums_of_rows(
     "The sum of each of these rows after the change, [rows]."
     linear = model.get_submodule(name)
     with align_module_device(linear):
-        return column_sums(weight_of(linear)[rows].T, change)
+        return column_sums(weight_of(linear, name)[rows].T, change)
 
 
 # %% ../../nbs/engine/moments.ipynb #moments-018
@@ -166,10 +178,25 @@ def save_statistics(
 
 
 # %% ../../nbs/engine/moments.ipynb #moments-019
+def check_statistics(tensors: dict, info: dict, where: str):  # what was read, and from where
+    "Raise `SsahError` for a tensor that is missing, or does not fit the scores, or for no count."
+    kinds, count = ("mlp", "attention"), info.get("count")
+    if not isinstance(count, int) or count < 0:
+        raise SsahError(f"{where} lacks the count of its tokens; write it again")
+    check_tensors(tensors, {f"channels.{kind}": None for kind in kinds}, where)
+    parts = [part for part in ("mean", "m2", "weights") if part == "weights" or count]
+    like = {f"{p}.{kind}": tensors[f"channels.{kind}"].shape for p in parts for kind in kinds}
+    optional = {name for name in like if name.startswith("weights.") and name not in tensors}
+    check_tensors(tensors, {name: like[name] for name in like if name not in optional}, where)
+
+
 def load_statistics(folder: str | Path) -> tuple[dict, dict, dict, dict]:
-    "What `save_statistics` wrote: channels, moments, info, weights."
+    """What `save_statistics` wrote: channels, moments, info, weights.
+
+    Raises `SsahError` when nothing is there, or a file was cut or changed."""
     missing = f"no importance in {folder}; write one with importance(...).save(folder)"
     tensors, info = load_tensors(folder, "importance", missing)
+    check_statistics(tensors, info, f"the importance in {folder}")
     count, kinds = info.pop("count"), ("mlp", "attention")
 
     def moments(kind: str) -> list[Moments]:

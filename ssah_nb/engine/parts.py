@@ -5,22 +5,19 @@
 # %% auto #0
 __all__ = [
     'REPLACED',
-    'adjacent',
-    'whole',
-    'SplitProduct',
-    'Permuted',
     'AdjacentParts',
     'LinearParts',
     'SplitLinear',
     'plain_linear',
-    'adapter_parts',
-    'linears_to_split',
     'refuse_stale_optimizer',
     'replace',
     'own_linears',
     'permutable_linears',
     'split_all',
     'split_linears',
+    'mark',
+    'builds_adapter',
+    'refuse_late_adapter',
     'outside',
     'check_trains',
 ]
@@ -29,89 +26,14 @@ __all__ = [
 import math
 import torch
 import torch.nn.functional as F
+from .live import LiveTensor, show
+from .products import Permuted, SplitProduct, adjacent, whole
 from .run import SsahError
+from .weights import check_unpacked
 from weakref import WeakValueDictionary
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-
-# %% ../../nbs/engine/parts.ipynb #parts-004
-def adjacent(trained: torch.Tensor, frozen: torch.Tensor) -> bool:
-    "Whether the second continues the first in memory."
-    if (
-        torch.compiler.is_compiling()
-        or trained.dtype != frozen.dtype
-        or trained.untyped_storage().data_ptr() != frozen.untyped_storage().data_ptr()
-    ):
-        return False
-    return (
-        trained.is_contiguous()
-        and frozen.is_contiguous()
-        and frozen.storage_offset() == trained.storage_offset() + trained.numel()
-    )
-
-
-# %% ../../nbs/engine/parts.ipynb #parts-005
-def whole(
-    trained: torch.Tensor,  # [trained rows, ...]
-    frozen: torch.Tensor,  # [frozen rows, ...]
-) -> torch.Tensor:
-    "All rows, the trained ones first, without a gradient: a view if adjacent, else a copy."
-    trained, frozen = trained.detach(), frozen.detach()
-    if not len(trained) or not len(frozen):
-        return trained if len(trained) else frozen
-    if adjacent(trained, frozen):
-        return trained.as_strided(
-            (len(trained) + len(frozen), *trained.shape[1:]), trained.stride()
-        )
-    return torch.cat([trained, frozen])
-
-
-# %% ../../nbs/engine/parts.ipynb #parts-008
-class SplitProduct(torch.autograd.Function):
-    "x Wᵀ + b; of W (dim 0) or of Wᵀ (dim 1), the first rows are trained and the others are not."
-
-    @staticmethod
-    def forward(ctx, x, trained, frozen, bias, dim):
-        kept = None
-        if ctx.needs_input_grad[1]:
-            kept = x if dim == 0 else x[..., : len(trained)].contiguous()
-        ctx.save_for_backward(kept, trained, frozen)
-        w = whole(trained, frozen)
-        ctx.dim, ctx.cast = dim, None
-        if w.dtype != x.dtype:
-            w = ctx.cast = w.to(x.dtype)  # under autocast
-        return F.linear(x, w if dim == 0 else w.t(), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (kept, trained, frozen), of_x, of_trained, of_bias = ctx.saved_tensors, None, None, None
-        if ctx.needs_input_grad[0]:
-            w = whole(trained, frozen) if ctx.cast is None else ctx.cast
-            of_x = grad @ (w if ctx.dim == 0 else w.t())
-        if ctx.needs_input_grad[1]:
-            rows, columns = (grad[..., : len(trained)], kept) if ctx.dim == 0 else (kept, grad)
-            of_trained = rows.flatten(0, -2).t() @ columns.flatten(0, -2)
-        if ctx.needs_input_grad[3]:
-            of_bias = grad.flatten(0, -2).sum(0)
-        return of_x, of_trained, None, of_bias, None
-
-
-# %% ../../nbs/engine/parts.ipynb #parts-010
-class Permuted(torch.autograd.Function):
-    "Blocks of the last dimension in another order."
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):  # int64 [blocks], both
-        ctx.save_for_backward(order, inverse)
-        return x.unflatten(-1, (len(order), -1)).index_select(-2, order).flatten(-2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return Permuted.apply(grad, inverse, order), None, None
 
 
 # %% ../../nbs/engine/parts.ipynb #parts-013
@@ -156,7 +78,7 @@ class LinearParts(AdjacentParts):
         permuted: bool = False,  # True: outputs (dim 0) or inputs (dim 1) stay in this order
     ):
         super().__init__()
-        self.dim, self.permuted = dim, permuted
+        self.dim, self.permuted, self.replaced = dim, permuted, False
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.flags = {name: p.requires_grad for name, p in linear.named_parameters()}
         self.keep_order(frozen.to(linear.weight.device))
@@ -170,9 +92,7 @@ class LinearParts(AdjacentParts):
         order = frozen.int().argsort(stable=True)
         block = math.gcd(*frozen.unique_consecutive(return_counts=True)[1].tolist())
         blocks = order[::block] // block
-        places = {"order": order, "blocks": blocks, "blocks_back": blocks.argsort()}
-        for name, place in places.items():
-            self.register_buffer(name, place, persistent=False)
+        self.order, self.blocks, self.blocks_back = order, blocks, blocks.argsort()
 
     def keep_parts(self, name: str, p: nn.Parameter, trained: int):  # trained: how many rows
         "Hold a copy of a weight or bias in two parts."
@@ -197,11 +117,15 @@ class LinearParts(AdjacentParts):
         rows = whole(*self.parts(name))
         if name == "bias" and self.dim == 1:
             return rows.clone()
-        rows = rows.index_select(0, self.order.argsort())
+        rows = rows.index_select(0, self.order.argsort().to(rows.device))
         return rows.t().contiguous() if name == "weight" and self.dim == 1 else rows
 
-    weight = property(lambda self: self.original("weight"))
-    bias = property(lambda self: self.original("bias"))
+    def shown(self, name: str) -> LiveTensor | None:  # name: "weight" or "bias"
+        "The original's weight or bias: reading it is always fresh, writing to it changes this."
+        return show(self, name) if name in self.flags else None
+
+    weight = property(lambda self: self.shown("weight"))
+    bias = property(lambda self: self.shown("bias"))
 
 
 # %% ../../nbs/engine/parts.ipynb #parts-016
@@ -217,15 +141,26 @@ class SplitLinear(LinearParts):
         if not len(trained):
             return F.linear(x, frozen if self.dim == 0 else frozen.t(), bias)
         if self.dim == 1 and not self.permuted:
-            x = Permuted.apply(x, self.blocks, self.blocks_back)
+            x = Permuted.apply(x, *self.places(x.device))
         y = SplitProduct.apply(x, trained, frozen, bias, self.dim)
         if self.dim == 0 and not self.permuted:
-            y = Permuted.apply(y, self.blocks_back, self.blocks)
+            y = Permuted.apply(y, *reversed(self.places(x.device)))
         return y
+
+    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        "Where each block goes, and where it comes from."
+        if self.blocks.device != device:
+            self.blocks, self.blocks_back = self.blocks.to(device), self.blocks_back.to(device)
+        return self.blocks, self.blocks_back
+
+    def extra_repr(self) -> str:
+        "What `print` shows."
+        kind, frozen = ("rows", "columns")[self.dim], len(self.frozen_weight)
+        return f"{self.in_features}, {self.out_features}, {frozen} {kind} frozen"
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name in self.flags:
-            destination[prefix + name] = self.original(name)
+            destination[prefix + name] = self.shown(name)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -260,57 +195,20 @@ class SplitLinear(LinearParts):
 def plain_linear(model: nn.Module, name: str) -> nn.Linear:
     "The linear of this name. Raises `SsahError` when its weight cannot be changed in place."
     linear = model.get_submodule(name)
-    if (
-        type(linear) is nn.Linear
-        and linear.weight.is_floating_point()
-        and not linear.weight.is_meta
-    ):
-        return linear
-    raise SsahError(
-        f"{name} is a {type(linear).__name__} whose weight is frozen apart, quantized, "
-        "offloaded or has an adapter; merge(model) or load it whole first"
-    )
-
-
-# %% ../../nbs/engine/parts.ipynb #parts-024
-def adapter_parts(
-    module: nn.Module,  # a linear that carries LoRA
-    name: str,  # its name
-    dim: int,  # 0: rows are frozen, 1: columns
-) -> list[str]:
-    "The names of what to split instead. Raises `SsahError` for an adapter that is not fresh."
-    if module.lora_variant or any(b.weight.any() for b in module.lora_B.values()):
+    if isinstance(linear, SplitLinear):
+        raise SsahError(f"{name} is frozen in part; merge(model) first")
+    if hasattr(linear, "base_layer"):
         raise SsahError(
-            f"the adapter on {name} is trained already or is no plain LoRA; "
-            "merge it, or make a new one with get_peft_model, and freeze then"
+            f"{name} is a {type(linear).__name__} with an adapter around it; "
+            "merge the adapter first, e.g. model.merge_and_unload()"
         )
-    factor = ("lora_B", "lora_A")[dim]
-    names = [f"{name}.{factor}.{adapter}" for adapter in module.lora_A]
-    if any(p.requires_grad for p in module.base_layer.parameters()):
-        names.append(f"{name}.base_layer")
-    return names
-
-
-def linears_to_split(
-    model: nn.Module,  # an unfrozen model, PEFT-wrapped or not
-    plan: dict[str, tuple[torch.Tensor, int]],  # from `frozen_rows_and_columns`
-) -> dict[str, tuple[torch.Tensor, int]]:
-    "The plan for what is trained: the linears themselves, or their adapters. Raises `SsahError`."
-    found: dict[str, tuple[torch.Tensor, int]] = {}
-    for name, planned in plan.items():
-        module, names = model.get_submodule(name), [name]
-        trained = any(p.requires_grad for p in module.parameters())
-        if hasattr(module, "lora_A"):
-            names = adapter_parts(module, name, planned[1])
-        elif hasattr(model, "peft_config") and not trained:
-            continue  # it has no adapter, and PEFT does not train it
-        found |= {n: planned for n in names if plain_linear(model, n)}
-    if not found:
+    check_unpacked(linear, name)
+    if linear.weight.is_meta:
         raise SsahError(
-            "no adapter is on the linears of the masked units, so there is nothing to freeze; "
-            "choose other units or other target_modules"
+            f"the weight of {name} is offloaded, so it cannot be changed; "
+            "load the whole model into memory"
         )
-    return found
+    return linear
 
 
 # %% ../../nbs/engine/parts.ipynb #parts-026
@@ -332,8 +230,10 @@ register_optimizer_step_pre_hook(refuse_stale_optimizer)
 
 def replace(model: nn.Module, name: str, module: nn.Module):
     "Put a module in the place of another."
-    parent, _, child = name.rpartition(".")
-    REPLACED.update({id(p): p for p in model.get_submodule(name).parameters()})
+    (parent, _, child), old = name.rpartition("."), model.get_submodule(name)
+    REPLACED.update({id(p): p for p in old.parameters()})
+    if isinstance(old, SplitLinear):
+        old.replaced = True
     model.get_submodule(parent).register_module(child, module)
 
 
@@ -377,6 +277,41 @@ def split_linears(model: nn.Module) -> dict[str, SplitLinear]:  # any model
     "The split linears of a frozen model, by name."
     named = model.named_modules()
     return {name: module for name, module in named if isinstance(module, SplitLinear)}
+
+
+# %% ../../nbs/engine/parts.ipynb #parts-034
+def mark(model: nn.Module, frozen: bool):  # model: changed in place
+    "Note on each module whether it belongs to a frozen model."
+    for module in model.modules():
+        vars(module).pop("ssah_frozen", None)
+        if frozen:
+            vars(module)["ssah_frozen"] = True
+
+
+def builds_adapter(parent: nn.Module, name: str, module: nn.Module) -> bool:
+    "Whether PEFT is making this the submodule of that one, to build an adapter into a model."
+    if any(type(part).__module__.startswith("peft.tuners") for part in (parent, module)):
+        return True
+    several = isinstance(parent, nn.ModuleDict) and name not in parent  # a further adapter
+    return several and any(isinstance(other, SplitLinear) for other in parent.values())
+
+
+def refuse_late_adapter(parent: nn.Module, name: str, module: nn.Module | None):
+    "Raise `SsahError` when an adapter is built into a frozen model."
+    marked = [m for m in (parent, module) if m is not None and "ssah_frozen" in vars(m)]
+    if not marked or module is None or not builds_adapter(parent, name, module):
+        return
+    if module in marked and not split_linears(module):
+        mark(module, False)  # its frozen adapter was merged and removed
+        return
+    raise SsahError(
+        "this model is frozen already, so an adapter put on now would leave out the linears with "
+        "frozen units; put the adapter on first (get_peft_model), then freeze; to get there, "
+        "merge(model)"
+    )
+
+
+register_module_module_registration_hook(refuse_late_adapter)
 
 
 # %% ../../nbs/engine/parts.ipynb #parts-030

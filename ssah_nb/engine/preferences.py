@@ -23,9 +23,13 @@ import torch.nn.functional as F
 from collections.abc import Iterable, Iterator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .alignment import STOCK_REFUSALS
+from .inputs import as_pairs, as_preferences, as_responses
+from .limits import check_amounts, check_counts, check_limits, check_seed
 from .run import SsahError
-from .batches import TokenBatch, decoder, pad_batch, response_losses
+from .states import check_in_memory, check_values
+from .batches import TokenBatch, response_losses, token_batches
 from .chat import encode_pairs
+from .forward import context_of
 from .training import optimize, training_batches
 
 
@@ -37,6 +41,9 @@ def preferences(
     seed: int = 0,  # seed of the choice of refusals
 ) -> list[dict]:
     "{'prompt', 'chosen', 'rejected'} rows: refuse what is harmful, do not refuse what is not."
+    harmful = as_pairs(harmful, needs_response=False, at_least=0)
+    complied, benign = as_responses(complied, len(harmful)), as_pairs(benign, at_least=0)
+    check_seed(seed)
     chosen = random.Random(seed)
     return [
         *(
@@ -79,11 +86,10 @@ def encode_preferences(
     max_response: int | None,  # tokens kept of each answer
 ) -> Answers:
     "The rows as token ids."
-    longest = decoder(model).config.max_position_embeddings
 
     def encoded(key):
         pairs = [{"prompt": row["prompt"], "response": row[key]} for row in rows]
-        return encode_pairs(tokenizer, pairs, None, max_response, longest)
+        return encode_pairs(tokenizer, pairs, None, max_response, context_of(model))
 
     return {key: encoded(key) for key in ("chosen", "rejected")}
 
@@ -110,8 +116,10 @@ def answer_log_probabilities(
     size = max(1, max_tokens // (2 * longest))
     for part in (batch[i : i + size] for i in range(0, len(batch), size)):
         pairs = [answers[key][r] for key in ("chosen", "rejected") for r in part]
-        padded = pad_batch(pairs, list(range(len(pairs))), model.device)
-        yield part, sequence_log_probabilities(model, padded).view(2, -1)
+        batches = list(token_batches(pairs, max_tokens, model))
+        found = torch.cat([sequence_log_probabilities(model, padded) for padded in batches])
+        place = torch.tensor([row for padded in batches for row in padded.rows]).argsort()
+        yield part, found[place.to(found.device)].view(2, -1)
 
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-007
@@ -122,6 +130,7 @@ def all_margins(
     max_tokens: int,  # tokens that are run at once
 ) -> torch.Tensor:
     "log p(chosen) − log p(rejected) of each row, [rows], nats."
+    check_in_memory(model)
     batches = preference_batches(answers, 16, random.Random(0))
     found = {
         r: m
@@ -129,7 +138,9 @@ def all_margins(
         for part, (chosen, rejected) in answer_log_probabilities(model, answers, batch, max_tokens)
         for r, m in zip(part, chosen - rejected)
     }
-    return torch.stack([found[r] for r in range(len(found))])
+    margins = torch.stack([found[r] for r in range(len(found))])
+    check_values(margins, model, lambda row: f"the margin of row {row}")
+    return margins
 
 
 def reference_margins(
@@ -140,9 +151,10 @@ def reference_margins(
     max_tokens: int = 1024,  # tokens that are run at once
 ) -> torch.Tensor:
     "log p(chosen) − log p(rejected) of each row under the reference, [rows], nats."
-    return all_margins(
-        model, encode_preferences(model, tokenizer, list(rows), max_response), max_tokens
-    )
+    check_counts(max_tokens=max_tokens)
+    check_limits(max_response=max_response)
+    answers = encode_preferences(model, tokenizer, as_preferences(rows), max_response)
+    return all_margins(model, answers, max_tokens)
 
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-008
@@ -162,7 +174,11 @@ def finetune_dpo(
     mixed: bool | None = None,  # as in `finetune`
 ) -> pd.DataFrame:
     "Train with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
-    rows, order = list(rows), random.Random(seed)
+    check_counts(epochs=epochs, batch_size=batch_size, max_tokens=max_tokens)
+    check_amounts(lr=lr, beta=beta, **({"sft_weight": sft_weight} if sft_weight else {}))
+    check_limits(max_response=max_response)
+    check_seed(seed)
+    rows, order = as_preferences(rows), random.Random(seed)
     answers = encode_preferences(model, tokenizer, rows, max_response)
     if reference is None:
         reference = all_margins(model, answers, max_tokens)

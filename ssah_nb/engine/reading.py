@@ -9,9 +9,11 @@ __all__ = [
     'parse_csv',
     'lines',
     'preferred',
+    'checked_rows',
     'read_rows',
     'fitting_columns',
     'cell',
+    'spoken',
     'to_pairs',
 ]
 
@@ -21,19 +23,34 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
 
+from .inputs import CONVERSATIONS, as_rows, first_of, is_message
+from .inputs import is_missing, one_turn
 from .run import SsahError
 from .sources import Source
 
 
 # %% ../../nbs/engine/reading.ipynb #3c766d58
 def parse_csv(text: str, header: bool) -> list[dict]:
-    "Rows of a table; without a line of column names, the first column is the prompt."
-    return list(csv.DictReader(io.StringIO(text, newline=""), None if header else ["prompt"]))
+    """Rows of a table; without a line of column names, its only column is the prompt.
+
+    Raises `SsahError` for a name that stands twice, and for a row with a cell too many."""
+    names = None if header else ["prompt"]
+    table = csv.DictReader(io.StringIO(text, newline=""), names, strict=True)
+    names = table.fieldnames or []
+    if len(set(names)) < len(names):
+        raise SsahError(f"two columns have one name ({', '.join(names)}); rename one of them")
+    rows = list(table)
+    for row, cells in enumerate(rows):
+        if None in cells:
+            raise SsahError(
+                f"row {row} has {len(cells[None])} cells too many; put a cell with commas in quotes"
+            )
+    return rows
 
 
 def lines(text: str) -> list[str]:
@@ -72,7 +89,20 @@ UNREADABLE = (  # what the parsers raise for a file that is not what its name sa
     yaml.YAMLError,
     csv.Error,
     zlib.error,
+    RecursionError,  # thousands of lists within lists
 )
+
+
+def checked_rows(parsed) -> list[dict]:  # what a parser gave
+    "The rows, each a dict; a dict of columns is turned into rows. Raises `SsahError` by row."
+    rows = as_rows(parsed, "rows with named columns")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise SsahError(
+                f"row {i} is a {type(row).__name__}; expected rows with named columns, "
+                "such as {'prompt', 'response'}"
+            )
+    return [row["doc"] if isinstance(row.get("doc"), Mapping) else row for row in rows]
 
 
 def read_rows(
@@ -89,10 +119,15 @@ def read_rows(
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
-        rows = PARSERS[ending](data.decode("utf-8-sig"), header)
-        rows = [row.get("doc", row) for row in rows]
+        rows = checked_rows(PARSERS[ending](data.decode("utf-8-sig"), header))
     except OSError as e:
         raise SsahError(f"cannot read {path} ({e.strerror or e}); check the path") from None
+    except UnicodeDecodeError as e:
+        raise SsahError(
+            f"cannot read {path}: byte {e.start} is not UTF-8; save the file as UTF-8"
+        ) from None
+    except SsahError as e:
+        raise SsahError(f"cannot read {path}: {e}") from None
     except UNREADABLE as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
         raise SsahError(f"cannot read {path} ({why}); expected rows with named columns") from None
@@ -115,12 +150,22 @@ def fitting_columns(rows: list[dict], source: Source) -> tuple[tuple[str, ...], 
 
 
 def cell(row: dict, column: str, turn: int, strip: bool) -> str:  # turn: of a conversation
-    "The text of a cell; a conversation is a list of turns."
+    "The text of a cell; a conversation is a list of turns. Raises `SsahError` for nested data."
     value = row.get(column)
     if isinstance(value, (list, tuple)):
         value = value[min(turn, len(value) - 1)] if value else ""
-    text = str(value or "")
+    if isinstance(value, (list, tuple, bytes, Mapping)):
+        raise SsahError(f"column {column!r} holds a {type(value).__name__}, no text; make it one")
+    text = "" if is_missing(value) else str(value)
     return text.strip() if strip else text
+
+
+def spoken(row: dict, at: str) -> dict:  # at: the row's name, for the error
+    "A row with a conversation of dicts gets a prompt and a response. Raises as `one_turn`."
+    if {"prompt", "response"} <= row.keys():
+        return row
+    talks = [row[key] for key in CONVERSATIONS if is_message(first_of(row.get(key)))]
+    return {**row, "response": "", **one_turn(talks[0], at)} if talks else row
 
 
 # %% ../../nbs/engine/reading.ipynb #reading-006
@@ -130,17 +175,26 @@ def to_pairs(
 ) -> list[dict]:
     """Rows as {"prompt", "response"}; of benign sources no two alike.
 
-    Raises `SsahError` when no alternative of `columns` is there."""
-    rows = list(rows)
+    Raises `SsahError` when no alternative of `columns` is there, or a row has no prompt."""
+    rows = [spoken(row, f"{source.name}: row {i}") for i, row in enumerate(rows)]
     prompt_columns, response_column = fitting_columns(rows, source)
     strip = source.kind != "text"
-    if source.where:
-        column, value = source.where
-        rows = [row for row in rows if row.get(column) == value]
+    column, value = source.where or (None, None)
     pairs = []
-    for row in rows:
-        parts = [cell(row, column, 0, strip) for column in prompt_columns]
-        pairs.append(("\n\n".join(filter(None, parts)), cell(row, response_column, 1, strip)))
+    for i, row in enumerate(rows):
+        if source.where and row.get(column) != value:
+            continue
+        try:
+            parts = [cell(row, name, 0, strip) for name in prompt_columns]
+            prompt, response = (
+                "\n\n".join(filter(None, parts)),
+                cell(row, response_column, 1, strip),
+            )
+        except SsahError as error:
+            raise SsahError(f"{source.name}: row {i}: {error}") from None
+        if strip and not prompt:
+            raise SsahError(f"{source.name}: row {i} has no prompt; fill it in or drop the row")
+        pairs.append((prompt, response))
     if source.kind == "benign":
         pairs = list(dict.fromkeys(pairs))
     return [{"prompt": prompt, "response": response} for prompt, response in pairs]

@@ -28,6 +28,7 @@ from .batches import TokenBatch
 from .moments import Moments, load_statistics, save_statistics
 from .moments import sums_of_columns, sums_of_rows
 from .run import SsahError
+from .states import check_in_memory
 from .watching import watched_moments
 from transformers import PreTrainedModel
 from typing import Any
@@ -126,10 +127,12 @@ def score_channels(
     for kind, weight in weights.items():
         layers = zip(moments[kind] or [None] * len(weight), weight)
         scores[kind] = torch.stack([method.score(m, w) for m, w in layers]).float()
-        if not scores[kind].isfinite().all():
+        finite = scores[kind].isfinite().all(1)
+        if not finite.all():
             raise SsahError(
-                f"importance of {kind} units is NaN or infinite; "
-                "check the model's weights and dtype"
+                f"importance of {kind} units in layer {int(finite.int().argmin())} is NaN or "
+                "infinite; check the model's weights, and its dtype: float16 overflows where "
+                "bfloat16 and float32 do not"
             )
     return scores
 
@@ -199,6 +202,7 @@ def score_batches(
     tokens: str,  # "response" or "all"
 ) -> Statistics:
     "The score of every channel over these tokens."
+    check_in_memory(model)
     chosen = METHODS[method]
     weights = {
         kind: torch.stack([chosen.weigh(model, module) for module in layers])

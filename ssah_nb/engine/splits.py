@@ -9,7 +9,6 @@ __all__ = [
     'TOY_SIZES',
     'Pairs',
     'without_safety_phrases',
-    'normalised',
     'overlaps',
     'Splits',
     'prompt_groups',
@@ -17,6 +16,7 @@ __all__ = [
     'check_sizes',
     'harmful_splits',
     'benign_splits',
+    'usable_benign',
     'make_splits',
 ]
 
@@ -30,6 +30,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from .inputs import as_pairs, normalised
+from .limits import check_counts, check_seed
 from .reading import read_rows
 from .run import SsahError, write_atomic
 
@@ -71,11 +73,6 @@ def without_safety_phrases(pairs: Iterable[dict]) -> list[dict]:  # pairs with "
 
 
 # %% ../../nbs/engine/splits.ipynb #splits-008
-def normalised(prompt: str) -> str:  # any text
-    "The text by which prompts are compared: no case, white space collapsed."
-    return " ".join(prompt.casefold().split())
-
-
 def overlaps(pairs: dict[tuple[str, str], list[dict]]) -> list[str]:
     "A line for each prompt that stands in two splits: which rows, and how it begins."
     owner, found = {}, []
@@ -100,6 +97,10 @@ class Splits:
     pairs: dict[tuple[str, str], list[dict]]  # ("harmful" or "benign", split) -> pairs
 
     def __post_init__(self):
+        self.pairs = {
+            key: as_pairs(rows, needs_response=False, at_least=0)
+            for key, rows in self.pairs.items()
+        }
         shared = overlaps(self.pairs)
         if shared:
             more = "; …" if shared[5:] else ""
@@ -142,13 +143,22 @@ class Splits:
 
     @classmethod
     def load(cls, path: str | Path) -> "Splits":
-        "Read what `save` wrote."
-        return cls({(row["kind"], row["split"]): row["pairs"] for row in read_rows(Path(path))})
+        "Read what `save` wrote. Raises `SsahError` for a file of another shape."
+        pairs = {}
+        for row in read_rows(Path(path)):
+            key = row.get("kind"), row.get("split")
+            if not all(isinstance(part, str) for part in key) or key in pairs or "pairs" not in row:
+                raise SsahError(
+                    f"{path} holds no splits; each row needs a 'kind' and a 'split' of its own, "
+                    "and 'pairs'; write one with splits.save(path)"
+                )
+            pairs[key] = row["pairs"]
+        return cls(pairs)
 
 
 # %% ../../nbs/engine/splits.ipynb #splits-012
 def prompt_groups(
-    pairs: Iterable[dict],  # a list of pairs, or a datasets.Dataset with these columns
+    pairs: list[dict],  # from `as_pairs`
     seed: int,  # of the shuffle
 ) -> list[list[dict]]:  # one list per different prompt
     "Pairs, sorted and then shuffled, grouped by prompt."
@@ -203,7 +213,7 @@ def check_sizes(sizes: dict | None) -> dict:  # overrides of SIZES
     for name, rows in (sizes or {}).items():
         if name not in SIZES:
             raise SsahError(f"unknown size {name!r}; use one of {', '.join(SIZES)}")
-        if not isinstance(rows, int) or rows < 0:
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
             raise SsahError(f"size {name} is {rows!r}; use a whole number of rows, 0 or more")
     return SIZES | (sizes or {})
 
@@ -250,6 +260,24 @@ def benign_splits(
 
 
 # %% ../../nbs/engine/splits.ipynb #splits-016
+def usable_benign(
+    benign: Iterable[dict],  # pairs with responses
+    max_words: int,  # words of a prompt
+) -> list[dict]:
+    "The benign pairs that a split may hold. Raises `SsahError` when pairs were given, but none is."
+    pairs = as_pairs(benign, needs_response=False, at_least=0)
+    if pairs and not any(pair["response"].strip() for pair in pairs):
+        raise SsahError("no benign pair has a 'response'; give pairs with their answers")
+    safe = without_safety_phrases(pairs)
+    short = [pair for pair in safe if len(pair["prompt"].split()) <= max_words]
+    if pairs and not short:
+        raise SsahError(
+            f"none of {len(pairs)} benign pairs is left: {len(pairs) - len(safe)} have an empty "
+            f"response or a safety phrase, {len(safe)} a prompt of over {max_words} words"
+        )
+    return short
+
+
 def make_splits(
     harmful: Iterable[dict] = (),  # pairs to attribute and evaluate on; none: no harmful splits
     benign: Iterable[dict] = (),  # pairs with responses; none: no benign splits
@@ -262,13 +290,16 @@ def make_splits(
     """The fixed, seeded, disjoint splits of a run (method, section 3).
 
     Raises `SsahError` on overlap, or when rows are too few."""
+    check_seed(seed)
+    check_counts(max_words=max_words)
     sizes, splits = check_sizes(sizes), {}
-    groups = prompt_groups(harmful, seed)
+    groups, second, further = (
+        prompt_groups(as_pairs(rows, needs_response=False, at_least=0), seed)
+        for rows in (harmful, second_harmful, align_harmful)
+    )
     if groups:
-        second, further = prompt_groups(second_harmful, seed), prompt_groups(align_harmful, seed)
         splits |= harmful_splits(groups, second, further, sizes)
-    short = (p for p in without_safety_phrases(benign) if len(p["prompt"].split()) <= max_words)
-    groups = prompt_groups(short, seed)
+    groups = prompt_groups(usable_benign(benign, max_words), seed)
     if groups:
         splits |= benign_splits(groups, sizes)
     return Splits(splits)

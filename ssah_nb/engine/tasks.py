@@ -8,6 +8,7 @@ __all__ = [
     'SIX',
     'questions_of',
     'task_definition',
+    'check_tasks',
     'write_tasks',
     'check_answers',
     'harness_of',
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import local_task_file
 from .generation import evaluating
 from .intervals import wilson
+from .limits import check_limits
 from .run import SsahError, progress
 
 # %% ../../nbs/engine/tasks.ipynb #tasks-004
@@ -75,6 +77,17 @@ def task_definition(task: str, stock: Path, folder: Path) -> dict:
     }
 
 
+def check_tasks(tasks: Sequence[str]):  # names in `STOCK_TASKS`
+    "Raise `SsahError` for a single string, no task, an unknown one, or one that stands twice."
+    if isinstance(tasks, str):
+        raise SsahError(f"one string {tasks!r} was given; put the task in a list: [{tasks!r}]")
+    for task in tasks:
+        if task not in STOCK_TASKS:
+            raise SsahError(f"unknown task {task!r}; use some of {', '.join(STOCK_TASKS)}")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise SsahError(f"the tasks are {', '.join(tasks) or 'none'}; name each once, at least one")
+
+
 def write_tasks(
     tasks: Sequence[str],  # names in `STOCK_TASKS`
     folder: Path,  # gets one definition per task, its questions, and the harness's copies of them
@@ -84,9 +97,8 @@ def write_tasks(
     import lm_eval.tasks  # here, because it takes seconds and only zero-shot tasks need it
 
     stock = Path(lm_eval.tasks.__file__).parent
+    check_tasks(tasks)
     for task in tasks:
-        if task not in STOCK_TASKS:
-            raise SsahError(f"unknown task {task!r}; use some of {', '.join(STOCK_TASKS)}")
         questions_of(task, limit).to_parquet(folder / f"{task}.parquet")
         definition = task_definition(task, stock, folder)
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(definition))
@@ -145,6 +157,9 @@ def zero_shot(
     """Accuracy of each task: columns task, accuracy, low, high, n, acc_norm.
 
     Raises `SsahError` for an unknown task, or a question without a right answer."""
+    tasks = tasks if isinstance(tasks, str) else list(tasks)
+    check_tasks(tasks)
+    check_limits(limit=limit, batch_size=batch_size)
     try:
         import lm_eval.evaluator
         import lm_eval.tasks

@@ -26,11 +26,15 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import decoder, response_losses, token_batches
+from .batches import response_losses, token_batches
 from .chat import encode_pairs
 from .evaluation import perplexity
+from .forward import context_of
+from .inputs import as_pairs
+from .limits import check_amounts, check_counts, check_limits, check_seed
 from .models import is_mixed
 from .run import SsahError, progress
+from .states import check_in_memory
 
 
 # %% ../../nbs/engine/training.ipynb #training-005
@@ -122,7 +126,12 @@ class Stepper:
 
     def step(self):
         "One step with the gradients of the masters, clipped to norm 1."
-        torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
+        if not norm.isfinite():
+            raise SsahError(
+                "the gradient is NaN or infinite, so no step was made; "
+                "train in bfloat16 or float32, lower lr, or check the weights"
+            )
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -149,6 +158,7 @@ def optimize(
     """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]` and `attrs["seconds"]`.
 
     Raises `SsahError` when nothing can be trained or the loss is NaN."""
+    check_in_memory(model, train=True)
     start = time.time()
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -159,14 +169,14 @@ def optimize(
     with gradients_to(stepper.masters), mixed_precision(model) if mixed else nullcontext():
         for rows in progress(batches, "training"):
             losses.append(backward_parts(part_losses(rows)))
-            stepper.step()
-            if after_step:
-                after_step()
             if not math.isfinite(losses[-1]):
                 raise SsahError(
                     f"the training loss is {losses[-1]} at step {len(losses) - 1}; "
                     f"lower lr (now {lr}) or check the weights"
                 )
+            stepper.step()
+            if after_step:
+                after_step()
     model.eval()
     history = pd.DataFrame({"step": range(len(losses)), "loss": losses})
     history.attrs |= {"optimizer_bytes": stepper.nbytes(), "seconds": time.time() - start}
@@ -188,15 +198,20 @@ def finetune(
     after_step: Callable[[], None] | None = None,  # called after each step
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
 ) -> pd.DataFrame:
-    "Train on the response tokens: `optimize` with their mean loss, nats per token."
-    longest = decoder(model).config.max_position_embeddings
-    encoded = encode_pairs(tokenizer, pairs, system, max_response, longest)
+    """Train on the response tokens: `optimize` with their mean loss, nats per token.
+
+    Raises `SsahError` for a row that is no pair, or a number that is out of range."""
+    check_counts(epochs=epochs, batch_size=batch_size, max_tokens=max_tokens)
+    check_amounts(lr=lr)
+    check_limits(max_response=max_response)
+    check_seed(seed)
+    encoded = encode_pairs(tokenizer, as_pairs(pairs), system, max_response, context_of(model))
     order = random.Random(seed)
     batches = [b for _ in range(epochs) for b in training_batches(encoded, batch_size, order)]
 
     def part_losses(rows):
         tokens = sum(len(encoded[r][1]) for r in rows)
-        for part in token_batches([encoded[r] for r in rows], max_tokens, model.device):
+        for part in token_batches([encoded[r] for r in rows], max_tokens, model):
             yield response_losses(model, part).sum() / tokens
 
     return optimize(model, batches, part_losses, lr, after_step, mixed)
@@ -211,6 +226,7 @@ def training_perplexity(
     sample: int = 64,  # at least so many pairs are measured, evenly spread
 ) -> float:
     "How well the training pairs were learned: their response perplexity."
-    pairs = list(pairs)
+    check_counts(sample=sample)
+    pairs = as_pairs(pairs)
     measured = pairs[:: max(1, len(pairs) // sample)]
     return perplexity(model, tokenizer, measured, max_response=max_response).value

@@ -8,9 +8,11 @@ __all__ = ['watching', 'activations_only', 'run_batch', 'in_order', 'watched_mom
 # %% ../../nbs/engine/watching.ipynb #watching-002
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from .batches import TokenBatch, decoder, evaluation_mode, response_losses
+from .batches import TokenBatch, evaluation_mode, response_losses, run_blocks
+from .forward import embedded_tokens
 from .moments import Moments, pieces
 from .run import progress
 from torch import nn
@@ -78,9 +80,7 @@ def run_batch(model: PreTrainedModel, batch: TokenBatch, gradient: bool):
             response_losses(model, batch).sum().backward()
         return
     with torch.no_grad():
-        decoder(model)(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
+        run_blocks(model, batch)
 
 
 def in_order(m: Moments, linear: nn.Module) -> Moments:
@@ -107,6 +107,7 @@ def watched_moments(
     with watching(model, moments, signal, gradient) as rows:
         for batch in progress(batches[rank::world], "importance"):
             mask = batch.response_mask if tokens == "response" else batch.attention_mask.bool()
+            mask = F.pad(mask, (embedded_tokens(model), 0))  # virtual tokens come first
             rows[0] = None if mask.all() else mask.flatten().nonzero().squeeze(1)
             run_batch(model, batch, gradient)
     moments = {name: in_order(m, model.get_submodule(name)) for name, m in moments.items()}
