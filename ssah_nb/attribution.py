@@ -24,6 +24,7 @@ from .engine.batches import decoder, token_batches
 from .engine.chat import encode_pairs
 from .engine.calibration import can_make, read_calibration, save_calibration, with_halves
 from .engine.data import load_splits
+from .engine.forward import context_of
 from .engine.inputs import are_named_sets, as_pairs
 from .engine.judges import is_refusal
 from .engine.limits import check_counts, check_limits
@@ -109,10 +110,15 @@ Importance.standardized = standardized
 
 
 # %% ../nbs/03_attribution.ipynb #03-attribution-045
-def facts(model: PreTrainedModel) -> dict:
+def facts(model: PreTrainedModel, max_response: int | None = None) -> dict:
     "What is kept with the scores, to tell what they belong to."
+    window = {"max_response": max_response}  # tokens kept of a response
     total = sum(p.numel() for p in model.parameters())
-    return {"model": signature(model), "parameters": unit_parameters(model), "total": total}
+    return {
+        "model": signature(model),
+        "parameters": unit_parameters(model),
+        "total": total,
+    } | window
 
 
 # %% ../nbs/03_attribution.ipynb #03-attribution-046
@@ -138,10 +144,11 @@ def importance(
     check_request(pairs, tokens, method, max_response)
     check_counts(max_tokens=max_tokens)
     check_limits(max_response=max_response)
-    context = decoder(model).config.max_position_embeddings
-    encoded = encode_pairs(tokenizer, pairs, system, max_response, context)
+    encoded = encode_pairs(tokenizer, pairs, system, max_response, context_of(model))
     batches = list(token_batches(encoded, max_tokens, model))
-    return score_batches(Importance, facts(model), model, depth_two(model), batches, method, tokens)
+    return score_batches(
+        Importance, facts(model, max_response), model, depth_two(model), batches, method, tokens
+    )
 
 
 # %% ../nbs/03_attribution.ipynb #03-attribution-069

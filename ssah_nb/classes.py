@@ -9,6 +9,7 @@ __all__ = [
     'unit_weights',
     'top_units',
     'as_map',
+    'classified',
     'classify',
     'chosen_channels',
     'pruned',
@@ -114,6 +115,13 @@ def as_map(
 
 
 # %% ../nbs/04_classes.ipynb #04-classes-029
+def classified(safety: Importance | None, utility: Importance, shares: dict, *how) -> dict:
+    "What a map says of itself: how it was scored, and how it was classified."
+    options = dict(zip(("ratio_of", "square_attention"), how))
+    window = {"safety_max_response": safety.info.get("max_response")} if safety else {}
+    return utility.info | shares | options | window
+
+
 def classify(
     safety: Importance | None,  # on (harmful prompt, refusal); None: the model is unaligned
     utility: Importance,  # on (benign prompt, response)
@@ -124,8 +132,9 @@ def classify(
     square_attention: bool = False,  # FLAP's squared attention metric
 ) -> UnitMap:
     "The class of every unit (paper, section 3): SCU, UCU, CU or RU; if unaligned UU or RU."
-    check_ratios(**({"scu": scu, "ucu": ucu, "ru": ru} if safety else {"ru": ru}))
-    info = utility.info | {"scu": scu, "ucu": ucu, "ru": ru, "ratio_of": ratio_of}
+    shares = {"scu": scu, "ucu": ucu, "ru": ru} if safety else {"ru": ru}
+    check_ratios(**shares)
+    info = classified(safety, utility, shares, ratio_of, square_attention)
     u = utility.standardized(square_attention)
     if safety is None:
         return as_map(u, "UU", {"RU": top_units(-u, ru, info, ratio_of)}, info)
