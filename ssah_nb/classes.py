@@ -34,7 +34,7 @@ from .engine.inputs import as_rows
 from .engine.intervals import Estimate
 from .engine.limits import check_amounts, check_shares
 from .engine.parts import plain_linear
-from .engine.proof import check_cut, trial_logits
+from .engine.proof import check_cut, trial_states
 from .engine.run import Run, SsahError
 from ssah_nb.units import (
     CLASSES,
@@ -208,7 +208,8 @@ def search_scu(
 ) -> tuple[float, pd.DataFrame]:
     "The chosen ratio, and what was measured: one row a ratio, the dense model first."
     ratios = as_rows(ratios, "ratios")
-    check_shares(**{f"ratios[{i}]": ratio for i, ratio in enumerate(ratios)})
+    for ratio in ratios:
+        check_shares(scu=ratio)
     check_amounts(max_perplexity_ratio=max_perplexity_ratio)
     if not callable(measure):
         raise SsahError("`measure` is no function; give one that takes a mask and measures it")
@@ -265,7 +266,7 @@ def prune(
     for name in plan:
         plain_linear(model, name)
     with pruned(model, mask):
-        smaller, wanted = copy.deepcopy(model), trial_logits(model)
+        smaller, wanted = copy.deepcopy(model), trial_states(model)
     cut(smaller, plan)
     check_cut(smaller, wanted)
     indices = lambda rows: [torch.nonzero(row).flatten().tolist() for row in rows]

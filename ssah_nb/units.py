@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = [
+    'NAMES',
     'CLASSES',
     'DepthTwo',
     'mlp_units',
     'attention_units',
-    'are_linears',
-    'has_units',
+    'lacking',
     'check_equal_layers',
     'depth_two',
     'unit_parameters',
@@ -95,30 +95,42 @@ def attention_units(
 
 
 # %% ../nbs/01_units.ipynb #01-units-depth-two
-def are_linears(module: nn.Module | None, *names: str) -> bool:  # module: a part of a block
-    "Whether a module has linears of these names."
-    return all(hasattr(getattr(module, name, None), "in_features") for name in names)
+NAMES = {  # of the modules of a block: what reads, one of several ways, and what writes
+    "mlp": ((("gate_proj", "up_proj"), ("gate_up_proj",)), "down_proj"),
+    "self_attn": ((("q_proj", "k_proj", "v_proj"), ("qkv_proj",)), "o_proj"),
+}
 
 
-def has_units(layer: nn.Module) -> bool:  # a block
-    "Whether a block has a gated MLP, and attention, of linears with known names."
-    mlp, attention = getattr(layer, "mlp", None), getattr(layer, "self_attn", None)
-    gated = are_linears(mlp, "gate_up_proj") or are_linears(mlp, "gate_proj", "up_proj")
-    alone = are_linears(attention, "q_proj", "k_proj", "v_proj")
-    heads = alone or are_linears(attention, "qkv_proj")
-    return gated and heads and are_linears(mlp, "down_proj") and are_linears(attention, "o_proj")
+def lacking(layer: nn.Module) -> str:  # a block
+    "Which of its modules has no linears with known names; empty when both have."
+
+    def has(module, names):
+        return all(hasattr(getattr(module, name, None), "in_features") for name in names)
+
+    for name, (reads, writes) in NAMES.items():
+        module = getattr(layer, name, None)
+        if not any(has(module, (*way, writes)) for way in reads):
+            return f"{name} is a {type(module).__name__}" if module else f"there is no {name}"
+    return ""
 
 
+# %% ../nbs/01_units.ipynb #01-units-equal-layers
 def check_equal_layers(model: nn.Module, found: dict[str, list[DepthTwo]]):
     "Raise `SsahError` when the layers differ in their units."
-    facts = {"units": "number of units", "width": "width of a head", "group": "size of a group"}
-    for fact, words in facts.items():
-        for modules in found.values():
-            if len({getattr(m, fact) for m in modules}) > 1:
-                raise SsahError(
-                    f"the layers of this {architecture(model)} differ in their {words}; "
-                    "a pruned model has no unit map, use the whole one"
-                )
+    for modules in found.values():
+        if len({m.units for m in modules}) > 1:
+            raise SsahError(
+                f"the layers of this {architecture(model)} differ in their number of units; "
+                "a pruned model has no unit map, use the whole one"
+            )
+        if len(shapes := {(m.width, m.group) for m in modules}) > 1:
+            widths = " and ".join(
+                f"{width} channels, {group} to a group" for width, group in sorted(shapes)
+            )
+            raise SsahError(
+                f"{architecture(model)} is not supported: its layers have heads of {widths}; "
+                "a unit is the same number of channels in every layer"
+            )
 
 
 # %% ../nbs/01_units.ipynb #01-units-depth-two-2
@@ -129,8 +141,9 @@ def depth_two(
     stack, found = decoder(model), {"mlp": [], "attention": []}
     prefix = next(name for name, module in model.named_modules() if module is stack)
     for i, layer in enumerate(stack.layers):
-        if not has_units(layer):
-            raise SsahError(f"{type(model).__name__} (layer {i}) is not supported: {UNIT_NEEDS}")
+        if lack := lacking(layer):
+            refused = f"{architecture(model)} is not supported: in layer {i}, {lack}"
+            raise SsahError(f"{refused}; {UNIT_NEEDS}")
         at = f"{prefix}.layers.{i}".lstrip(".")
         heads = stack.config.num_attention_heads
         found["mlp"].append(mlp_units(layer.mlp, f"{at}.mlp"))

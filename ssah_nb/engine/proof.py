@@ -10,7 +10,7 @@ __all__ = [
     'PROVEN',
     'architecture',
     'few_tokens',
-    'trial_logits',
+    'trial_states',
     'shake',
     'shaken',
     'channels_off',
@@ -30,7 +30,7 @@ __all__ = [
     'prove_no_other_way',
     'kind_of',
     'ends_of_each_kind',
-    'without_weights',
+    'can_run',
     'try_model',
     'prove',
     'check_cut',
@@ -44,7 +44,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from .batches import evaluation_mode
+from .batches import decoder, evaluation_mode
 from .models import first_line
 from .run import SsahError
 from torch import nn
@@ -65,11 +65,12 @@ def few_tokens(model: nn.Module) -> torch.Tensor:  # a causal language model
 
 
 @torch.no_grad()
-def trial_logits(model: nn.Module) -> torch.Tensor:  # a causal language model
-    "What the model says to a few tokens, [1, 8, vocabulary], float32. Raises `SsahError`."
+def trial_states(model: nn.Module) -> torch.Tensor:  # a causal language model
+    "The last states of a few tokens, [1, 8, hidden size], float32. Raises `SsahError`."
+    blocks, ids = decoder(model), few_tokens(model)
     try:
         with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
-            return model(input_ids=few_tokens(model), use_cache=False).logits.float()
+            return blocks(input_ids=ids, use_cache=False).last_hidden_state.float()
     except Exception as e:  # a model raises whatever its own code stumbles on
         raise SsahError(
             f"{architecture(model)} fails on eight tokens of text ({first_line(e)}); "
@@ -174,7 +175,7 @@ def recorded(
     model: nn.Module,  # a causal language model
     modules: list,  # some of its `DepthTwo`s
 ) -> tuple[dict[str, Call], torch.Tensor]:
-    "The calls of these modules in one pass, by the name of B, and the logits. Raises `SsahError`."
+    "The calls of these modules in one pass, by the name of B, and its states. Raises `SsahError`."
     calls = {module.b: Call((), {}, []) for module in modules}
 
     def note(call, args, kwargs):
@@ -188,7 +189,7 @@ def recorded(
             at, b = model.get_submodule(owner(module)), model.get_submodule(module.b)
             hooks.callback(at.register_forward_pre_hook(whole, with_kwargs=True).remove)
             hooks.callback(b.register_forward_pre_hook(enter).remove)
-        return calls, trial_logits(model)
+        return calls, trial_states(model)
 
 
 def entered_again(model: nn.Module, module: Any, call: Call, rows: Rows) -> torch.Tensor:
@@ -217,15 +218,15 @@ def refusal(model: nn.Module, module: Any, broken: str) -> SsahError:  # what is
 
 def check_moved(model: nn.Module, module: Any, moved: torch.Tensor, own: slice, rows: Rows):
     "Raise `SsahError` unless of all channels, bool [channels], only the own ones moved."
-    others, what = moved.clone(), f"{NOUNS[module.kind]} {own.start // module.width}"
+    others, noun = moved.clone(), NOUNS[module.kind]
     others[own] = False
     if others.any():
+        linears = ", ".join(name.rpartition(".")[2] for name in rows)
         raise refusal(
             model,
             module,
-            f"the rows of {what} in {', '.join(n.rpartition('.')[2] for n in rows)} "
-            f"move {int(others.sum())} channels of other {NOUNS[module.kind]}s "
-            f"before {module.b.rpartition('.')[2]}, as a norm over all of them does",
+            f"the rows of {noun} {own.start // module.width} in {linears} also move other "
+            f"{noun}s, as a norm over all of them does",
         )
 
 
@@ -279,11 +280,11 @@ def prove_no_other_way(model: nn.Module, modules: list):  # modules: `DepthTwo`s
             for name, some in group_rows(module, unit).items():
                 rows.setdefault(name, []).extend(some)
     with channels_off(model, off):
-        quiet = trial_logits(model)
+        quiet = trial_states(model)
         with shaken(model, rows):
-            loud = trial_logits(model)
+            loud = trial_states(model)
     if not (quiet - loud).abs().amax() <= 1e-3 * quiet.abs().amax():
-        broken = "what a unit's rows compute reaches the model's answer round its own columns"
+        broken = "what a unit's rows compute reaches the last states round its own columns"
         raise SsahError(f"{architecture(model)} is not supported: {broken}; {ADVICE}")
 
 
@@ -310,16 +311,20 @@ def ends_of_each_kind(model: nn.Module, modules: list) -> list:  # modules: `Dep
     return [m for alike in kinds.values() for m in dict.fromkeys((alike[0], alike[-1]))]
 
 
-def without_weights(model: nn.Module) -> bool:  # any model
-    "Whether the model holds shapes only; an offloaded one has its weights elsewhere."
-    return any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map")
+def can_run(model: nn.Module, modules: list) -> bool:  # modules: all its `DepthTwo`s
+    "Whether the model holds weights that can be multiplied; an offloaded one has them elsewhere."
+    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
+        return False
+    every = (model.get_submodule(m.b) for m in modules)
+    ordinary = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return all(b.weight.dtype in ordinary for b in every if type(b) is nn.Linear)
 
 
 @torch.no_grad()
 def try_model(model: nn.Module, modules: list) -> bool:  # modules: all its `DepthTwo`s
     "Whether the trial could be made. Raises `SsahError` when one of the sentences is not true."
-    calls, answer = recorded(model, modules)
-    if not answer.isfinite().all():
+    calls, states = recorded(model, modules)
+    if not states.isfinite().all():
         return False
     for module in modules:
         if len(times := calls[module.b].entered) != 1:
@@ -340,7 +345,7 @@ def prove(
 ):
     "Raise `SsahError` when a model's units are no units. A model is tried once."
     found = [module for layers in modules.values() for module in layers]
-    if without_weights(model) or PROVEN.get(model) == found:
+    if PROVEN.get(model) == found or not can_run(model, found):
         return
     if try_model(model, found):
         PROVEN[model] = found
@@ -349,11 +354,11 @@ def prove(
 # %% ../../nbs/engine/proof.ipynb #proof-cut
 def check_cut(
     smaller: nn.Module,  # cut
-    wanted: torch.Tensor,  # `trial_logits` of the whole model, the same units off
+    wanted: torch.Tensor,  # `trial_states` of the whole model, the same units off
 ):
     "Raise `SsahError` when a cut model says something else, or nothing."
     try:
-        got, what = trial_logits(smaller), "computes something else"
+        got, what = trial_states(smaller), "computes something else"
         limit = max(1e-3, 16 * torch.finfo(smaller.dtype).eps) * wanted.abs().amax()
         right = bool(((got - wanted).abs() <= limit).all()) or not wanted.isfinite().all()
     except SsahError as error:
