@@ -2,10 +2,12 @@
 
 __version__ = "0.1.0"
 
+from .anchoring import Anchor
 from .attribution import Importance, importance
 from .budget import redundant_units, train_only
 from .classes import classify, load_pruned, prune, pruned, search_scu
 from .engine.alignment import STOCK_REFUSALS, alignment_pairs
+from .engine.contrast import contrast_prompts, contrast_report
 from .engine.data import embedded_splits, load_pairs
 from .engine.evaluation import (
     attack_success,
@@ -16,15 +18,23 @@ from .engine.evaluation import (
     text_perplexity,
 )
 from .engine.generation import generate
+from .engine.guards import guard_judge
 from .engine.intervals import Estimate
 from .engine.judges import is_refusal
-from .engine.models import load_model, save_model
+from .engine.margin import (
+    COMPLIANCE_OPENINGS,
+    REFUSAL_OPENINGS,
+    refusal_margin,
+    refusal_margins,
+)
+from .engine.models import CHATML, load_model, save_model
 from .engine.preferences import finetune_dpo, preferences, reference_margins
 from .engine.run import SsahError, pick_mixed, set_seed, show_progress
 from .engine.splits import Splits, make_splits
 from .engine.scores import METHODS
 from .engine.sources import SOURCES
 from .engine.tasks import zero_shot
+from .engine.template import chat_options
 from .engine.training import finetune
 from .freezing import WAYS, finetune_protected, freeze, merge
 from .probe import probe

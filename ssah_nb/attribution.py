@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from .engine.batches import decoder, token_batches
 from .engine.chat import encode_pairs
+from .engine.template import chat_record
 from .engine.calibration import can_make, read_calibration, save_calibration, with_halves
 from .engine.data import load_splits
 from .engine.forward import context_of
@@ -146,9 +147,8 @@ def importance(
     check_limits(max_response=max_response)
     encoded = encode_pairs(tokenizer, pairs, system, max_response, context_of(model))
     batches = list(token_batches(encoded, max_tokens, model))
-    return score_batches(
-        Importance, facts(model, max_response), model, depth_two(model), batches, method, tokens
-    )
+    info = facts(model, max_response) | {"chat template": chat_record(tokenizer)}
+    return score_batches(Importance, info, model, depth_two(model), batches, method, tokens)
 
 
 # %% ../nbs/03_attribution.ipynb #03-attribution-069

@@ -32,7 +32,7 @@ from .engine.run import SsahError, progress
 from .engine.states import check_in_memory, check_values
 from .engine.intervals import bootstrap_mean
 from .engine.batches import TokenBatch, run_blocks, token_batches
-from .engine.chat import encode_prompts
+from .engine.chat import encode_pairs, encode_prompts
 from .engine.inputs import as_prompts, as_rows
 from .engine.limits import check_counts
 from .engine.generation import evaluating
@@ -72,7 +72,8 @@ def prefix_tokens(
     "The first tokens of each prefix. Raises `SsahError` for one that is too short."
     tokens = {}
     for name, text in prefixes.items():
-        ids = tokenizer(text, add_special_tokens=False).input_ids[:length]
+        said = [{"prompt": "?", "response": text}]
+        [(_, ids)] = encode_pairs(tokenizer, said, max_response=length, closed=False)
         if len(ids) < length:
             raise SsahError(
                 f"prefix {name!r} has {len(ids)} tokens, fewer than {length}; give a longer text"

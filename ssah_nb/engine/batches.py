@@ -94,7 +94,8 @@ def decoder(model: nn.Module) -> nn.Module:  # a causal language model, PEFT-wra
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     stack = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not isinstance(getattr(stack, "layers", None), nn.ModuleList):
-        raise SsahError(f"{type(model).__name__} is not supported: {UNIT_NEEDS}")
+        lack = "it has no list of blocks called layers"
+        raise SsahError(f"{type(model).__name__} is not supported: {lack}; {UNIT_NEEDS}")
     return stack
 
 

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    'OWN_ROWS',
     'EMBEDDED_DATA',
     'toy_harmful',
     'toy_benign',
+    'contrast_rows',
     'read_from_hub',
     'hub_rows',
     'wheel_rows',
@@ -22,11 +24,13 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/data.ipynb #data-002
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset, load_dataset
 
+from .contrast import contrast_prompts
 from .reading import read_rows, to_pairs
 from .run import Run, SsahError
 from .sources import SOURCES, WHEELS, Source, find_source
@@ -55,6 +59,19 @@ def toy_benign() -> list[dict]:  # 120 pairs
     for n in range(2, 32):
         asked[f"Count from 1 to {n}."] = " ".join(map(str, range(1, n + 1)))
     return [{"prompt": prompt, "response": response} for prompt, response in asked.items()]
+
+
+def contrast_rows(which: int) -> list[dict]:  # 0: the safe prompts, 1: their unsafe twins
+    "One side of the contrast prompts (page *contrast*), with response \"\"."
+    return [{"prompt": prompt, "response": ""} for prompt in contrast_prompts()[which]]
+
+
+OWN_ROWS = {  # sources that were written for this project
+    "toy_harmful": toy_harmful,
+    "toy_benign": toy_benign,
+    "contrast_safe": partial(contrast_rows, 0),
+    "contrast_unsafe": partial(contrast_rows, 1),
+}
 
 
 # %% ../../nbs/engine/data.ipynb #data-007
@@ -87,9 +104,9 @@ def hub_rows(source: Source) -> Dataset:  # the hub's rows
 
 # %% ../../nbs/engine/data.ipynb #data-008
 def wheel_rows(source: Source) -> list[dict]:  # the rows of all members
-    "A source from its wheel, or the toy data. Raises `SsahError` when no wheel holds it."
-    if source.name in ("toy_harmful", "toy_benign"):
-        return toy_harmful() if source.kind == "harmful" else toy_benign()
+    "A source from its wheel, or one of this project. Raises `SsahError` when no wheel holds it."
+    if source.name in OWN_ROWS:
+        return OWN_ROWS[source.name]()
     if not source.wheel:
         raise SsahError(
             f"no wheel holds {source.name}; use source='hub', or give a file with path="
@@ -219,7 +236,7 @@ def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy da
 
 def source_row(source: Source, measure: bool) -> dict:
     "What the table says about one source."
-    counted = source.name.startswith("toy_") or (measure and source.wheel)
+    counted = source.name in OWN_ROWS or (measure and source.wheel)
     return {
         "name": source.name,
         "kind": source.kind,

@@ -36,13 +36,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import response_losses, token_batches
-from .chat import encode_pairs, encode_prompts
+from .chat import encode_pairs
 from .forward import context_of
 from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
 from .judges import KEYWORDS, Judge, judged
 from .intervals import Estimate, bootstrap_mean, wilson
-from .limits import check_counts, check_limits, check_seed, check_shares
+from ssah_nb.engine.limits import (
+    check_amounts,
+    check_counts,
+    check_limits,
+    check_seed,
+    check_shares,
+)
+from .margin import refusal_margin
 from .run import SsahError, progress, write_atomic
 from .states import check_in_memory, check_values
 
@@ -201,11 +208,13 @@ def response_perplexities(
     """Perplexity of each response, [responses]; infinite for an empty one.
 
     The end of the turn does not count: a response that was cut has none."""
-    answers = [tokenizer(r, add_special_tokens=False).input_ids[:max_response] for r in responses]
-    encoded = list(zip(encode_prompts(tokenizer, prompts), answers))
     full = [row for row, response in enumerate(responses) if response.strip()]
     values = np.full(len(responses), np.inf)
-    losses = pair_losses(dense_model, [encoded[row] for row in full], rows=full)
+    if not full:
+        return values
+    pairs = [{"prompt": prompts[row], "response": responses[row]} for row in full]
+    encoded = encode_pairs(tokenizer, pairs, max_response=max_response, closed=False)
+    losses = pair_losses(dense_model, encoded, rows=full)
     with np.errstate(over="ignore"):
         values[full] = np.exp(losses[:, 0] / losses[:, 1])
     return values
@@ -224,9 +233,9 @@ def coherence_threshold(
     check_limits(max_response=max_response)
     pairs = as_pairs(pairs, needs_response=False)
     prompts, answers = as_prompts(pairs), [pair["response"] for pair in pairs]
-    values = response_perplexities(dense_model, tokenizer, prompts, answers, max_response)
-    if not np.isfinite(values).any():
+    if not any(map(str.strip, answers)):
         raise SsahError("no pair has a response; a coherence threshold needs reference responses")
+    values = response_perplexities(dense_model, tokenizer, prompts, answers, max_response)
     return float(np.quantile(values[np.isfinite(values)], quantile))
 
 
@@ -242,6 +251,8 @@ def coherence(
     prompts = as_prompts(prompts)
     responses = as_responses(responses, len(prompts))
     check_shares(max_repetition=max_repetition)
+    if max_perplexity != math.inf:
+        check_amounts(max_perplexity=max_perplexity)
     values = response_perplexities(dense_model, tokenizer, prompts, responses)
     table = pd.DataFrame({"perplexity": values, "repetition": list(map(repetition, responses))})
     table["coherent"] = (table.perplexity <= max_perplexity) & (table.repetition <= max_repetition)
@@ -307,6 +318,7 @@ def safety_report(
     keywords = "gcg" if callable(judge) else judge
     said = dict(responses=benign_responses, window=window)
     row |= over_refusal(model, tokenizer, benign, keywords, **said).columns("over_refusal")
+    row |= refusal_margin(model, tokenizer, prompts, system).columns("refusal_margin")
     row |= perplexity(model, tokenizer, benign, system, max_response).columns("perplexity")
     return row | {"max_perplexity": max_perplexity}
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import evaluation_mode
-from .chat import encode_prompts, end_of_turn
+from .chat import encode_prompts, end_of_turn, spoken_answers
 from .forward import context_of, reset_rotaries, sharing
 from .inputs import as_prompts
 from .limits import check_counts
@@ -154,8 +154,10 @@ def generate(
     system: str | None = None,  # system prompt; None: no system turn
     batch_size: int = 50,  # prompts side by side
 ) -> list[str]:
-    "The model's greedy response to each prompt. Raises `SsahError` as `check_prompts`."
+    """The model's greedy response to each prompt, without its thought.
+
+    Raises `SsahError` as `check_prompts`, and for a response that ends inside its thought."""
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     encoded = encode_prompts(tokenizer, as_prompts(prompts), system)
     tokens = greedy_tokens(model, encoded, stop_ids(model, tokenizer), max_new_tokens, batch_size)
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    return spoken_answers(tokenizer, tokens)

@@ -165,7 +165,7 @@ def strongreject_scores(
     encoded: list[list[int]],  # token ids of each question
     batch_size: int,  # questions side by side
 ) -> np.ndarray:
-    "Score of each response, 0 to 1; NaN where another token than a digit is as probable as they are."
+    "Score of each response, 0 to 1; NaN where the digits have less than half of the probability."
     digits = [tokenizer.get_vocab().get(grade) for grade in "12345"]
     if None in digits:
         raise SsahError("the tokenizer has no tokens for the digits 1 to 5, so it grades nothing")

@@ -184,7 +184,7 @@ def one_turn(messages, row: str) -> dict:  # a conversation; row: where it stand
 
 def parts_of(row, where: str, needed: Iterable[str]) -> Mapping:  # needed: "prompt", "response"
     "A row with all needed parts. Raises `SsahError` with the columns that it has instead."
-    if isinstance(row, str):
+    if isinstance(row, str) or is_missing(row):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         kind = type(row).__name__
@@ -195,9 +195,8 @@ def parts_of(row, where: str, needed: Iterable[str]) -> Mapping:  # needed: "pro
     )
     lacking = [part for part in needed if part not in parts]
     if lacking:
-        other = [(name, part) for part in lacking for name in OTHER_NAMES.get(part, ())]
-        near = {name: part for name, part in other[::-1] if name in row}
-        named = [f"rename {name!r} to {part!r}" for name, part in near.items()]
+        near = [(part, [n for n in OTHER_NAMES.get(part, ()) if n in row]) for part in lacking]
+        named = [f"rename {names[0]!r} to {part!r}" for part, names in near if names]
         found = ", ".join(map(str, row)) or "nothing"
         todo = " and ".join(named) or "add it"
         raise SsahError(

@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/margin.ipynb #margin-002
+import inspect
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -31,7 +32,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chat import encode_pairs, encode_prompts
-from .forward import own_forward, rotary_switches, virtual_tokens
+from ssah_nb.engine.forward import (
+    has_recurrent_state,
+    own_forward,
+    rotary_switches,
+    virtual_tokens,
+)
 from .generation import check_prompts, evaluating
 from .inputs import as_prompts
 from .intervals import Estimate, bootstrap_mean
@@ -140,34 +146,31 @@ def longest_heads(sequences: Iterable[Tokens]) -> list[Tokens]:
     return [h for h in heads if not any(h != other and begins_with(other, h) for other in heads)]
 
 
-def can_branch(model: PreTrainedModel, cache) -> bool:
-    "Whether a cache can be continued by several tokens at once, in several ways."
-    layers = getattr(cache, "layers", None) if type(cache) is DynamicCache else None
-    attention = (DynamicLayer, DynamicSlidingWindowLayer)
-    return bool(layers) and all(type(layer) in attention for layer in layers)
+def can_branch(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
+    "Whether the model's cache can be continued by several tokens at once, in several ways."
+    if virtual_tokens(model) or rotary_switches(model) or has_recurrent_state(model):
+        return False
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = DynamicCache(config=base.config).layers
+    attention = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return attention and "past_key_values" in inspect.signature(base.forward).parameters
 
 
 def branching_logits(
-    model: PreTrainedModel,  # a causal language model
+    model: PreTrainedModel,  # a causal language model for which `can_branch` holds
     prompts: torch.Tensor,  # int64 [prompts, tokens]
     heads: torch.Tensor,  # int64 [heads, longest head], padded on the right
-) -> torch.Tensor | None:
-    "As `head_logits`, from the cache of the prompts; None where the model has no such cache."
-    if virtual_tokens(model) or rotary_switches(model):
-        return None
+) -> torch.Tensor:
+    "As `head_logits`, from a cache of the prompts, which is read once."
     n, (many, longest) = len(prompts), heads.shape
-    ones = torch.ones_like(prompts)
-    first = model(input_ids=prompts, attention_mask=ones, use_cache=True, return_dict=True)
-    cache, start = first.get("past_key_values"), first.logits[:, -1:]
+    cache, ones = DynamicCache(), torch.ones_like(prompts)
+    options = dict(past_key_values=cache, use_cache=True, return_dict=True)
+    start = model(input_ids=prompts, attention_mask=ones, **options).logits[:, -1:]
     if not longest:
         return start[:, None]
-    if not can_branch(model, cache):
-        return None
     cache.batch_repeat_interleave(many)
     mask = torch.ones(n * many, prompts.shape[1] + longest, dtype=torch.int64, device=model.device)
-    ahead = heads.repeat(n, 1)
-    onward = dict(past_key_values=cache, use_cache=True, return_dict=True)
-    then = model(input_ids=ahead, attention_mask=mask, **onward).logits
+    then = model(input_ids=heads.repeat(n, 1), attention_mask=mask, **options).logits
     return torch.cat([start.repeat_interleave(many, 0), then], 1).unflatten(0, (n, many))
 
 
@@ -177,9 +180,8 @@ def head_logits(
     heads: torch.Tensor,  # int64 [heads, longest head], padded on the right
 ) -> torch.Tensor:
     "Logits after each prompt and along each head, [prompts, heads, longest head + 1, vocabulary]."
-    logits = branching_logits(model, prompts, heads)
-    if logits is not None:
-        return logits
+    if can_branch(model):
+        return branching_logits(model, prompts, heads)
     n, (many, longest) = len(prompts), heads.shape
     joined = torch.cat([prompts.repeat_interleave(many, 0), heads.repeat(n, 1)], 1)
     wanted = torch.zeros_like(joined, dtype=torch.bool)

@@ -6,7 +6,9 @@
 __all__ = [
     'CHATML',
     'ARCHITECTURES',
+    'MIXTURES',
     'TINY_SIZES',
+    'TINY_EXPERTS',
     'EMBEDDED',
     'tiny_tokenizer',
     'tiny_model',
@@ -74,6 +76,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 # %% ../../nbs/engine/models.ipynb #models-006
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe")  # of experts
 TINY_SIZES = {
     "vocab_size": 258,
     "hidden_size": 32,
@@ -88,19 +91,26 @@ TINY_SIZES = {
     "eos_token_id": 256,
     "pad_token_id": 256,
 }
+TINY_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 16,
+}
 
 
 def tiny_model(
-    architecture: str = "llama",  # one of `ARCHITECTURES`
+    architecture: str = "llama",  # one of `ARCHITECTURES`, or of `MIXTURES`
     seed: int = 0,  # seed of the random weights
     **config,  # changes to the configuration, e.g. num_key_value_heads=4
 ) -> PreTrainedModel:
     "A random model with 2 layers, 4 heads in 2 groups, 32 MLP channels, in float32 on the CPU."
-    if architecture not in ARCHITECTURES:
-        raise SsahError(
-            f"unknown architecture {architecture!r}; use one of {', '.join(ARCHITECTURES)}"
-        )
-    sizes = AutoConfig.for_model(architecture, **(TINY_SIZES | config))
+    if architecture not in ARCHITECTURES + MIXTURES:
+        names = ", ".join(ARCHITECTURES + MIXTURES)
+        raise SsahError(f"unknown architecture {architecture!r}; use one of {names}")
+    experts = TINY_EXPERTS if architecture in MIXTURES else {}
+    sizes = AutoConfig.for_model(architecture, **(TINY_SIZES | experts | config))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(sizes).eval()
@@ -218,7 +228,7 @@ def load_model(
         model, tokenizer = load_gguf(Path(name), dtype)
     else:
         model, tokenizer = load_pretrained(name, dtype, spread, revision)
-    if name == "embedded" or not tokenizer.chat_template:
+    if name == "embedded":
         tokenizer.chat_template = CHATML
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

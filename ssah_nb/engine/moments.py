@@ -6,6 +6,7 @@
 __all__ = [
     'Moments',
     'add_tokens',
+    'ChannelMoments',
     'piece_rows',
     'pieces',
     'weight_of',
@@ -76,6 +77,30 @@ def add_tokens(
 
 
 Moments.add = add_tokens
+
+
+# %% ../../nbs/engine/moments.ipynb #moments-channel
+@dataclass
+class ChannelMoments(Moments):
+    "Moments with a count for each channel, which may be 0."
+
+    count: torch.Tensor | None = None  # int64 [channels]: tokens that each has seen
+
+    def __add__(self, other: Moments) -> Moments:
+        if other.mean is None:
+            return self
+        count, delta = (self.count + other.count).double(), other.mean - self.mean
+        share = other.count / count.clamp_min(1)
+        return ChannelMoments(
+            self.count + other.count,
+            self.mean + delta * share,
+            self.m2 + other.m2 + delta.square() * self.count * share,
+        )
+
+    @property
+    def variance(self) -> torch.Tensor:
+        "Population variance, [channels], float64."
+        return self.m2 / self.count.clamp_min(1)
 
 
 # %% ../../nbs/engine/moments.ipynb #moments-010
@@ -173,8 +198,10 @@ def save_statistics(
         if layers:
             tensors[f"mean.{kind}"] = torch.stack([m.mean for m in layers])
             tensors[f"m2.{kind}"] = torch.stack([m.m2 for m in layers])
-    count = next((layers[0].count for layers in moments.values() if layers), 0)
-    return save_tensors(folder, "importance", tensors, info | {"count": count})
+        if any(isinstance(m, ChannelMoments) for m in layers):
+            tensors[f"count.{kind}"] = torch.stack([m.count for m in layers]).double()
+    plain = [m.count for layers in moments.values() for m in layers if isinstance(m.count, int)]
+    return save_tensors(folder, "importance", tensors, info | {"count": max(plain, default=0)})
 
 
 # %% ../../nbs/engine/moments.ipynb #moments-019
@@ -184,9 +211,9 @@ def check_statistics(tensors: dict, info: dict, where: str):  # what was read, a
     if not isinstance(count, int) or count < 0:
         raise SsahError(f"{where} lacks the count of its tokens; write it again")
     check_tensors(tensors, {f"channels.{kind}": None for kind in kinds}, where)
-    parts = [part for part in ("mean", "m2", "weights") if part == "weights" or count]
+    parts = [part for part in ("mean", "m2", "count", "weights") if part == "weights" or count]
     like = {f"{p}.{kind}": tensors[f"channels.{kind}"].shape for p in parts for kind in kinds}
-    optional = {name for name in like if name.startswith("weights.") and name not in tensors}
+    optional = {n for n in like if n.startswith(("weights.", "count.")) and n not in tensors}
     check_tensors(tensors, {name: like[name] for name in like if name not in optional}, where)
 
 
@@ -201,6 +228,9 @@ def load_statistics(folder: str | Path) -> tuple[dict, dict, dict, dict]:
 
     def moments(kind: str) -> list[Moments]:
         both = zip(tensors[f"mean.{kind}"], tensors[f"m2.{kind}"]) if count else ()
+        if count and f"count.{kind}" in tensors:
+            counts = tensors[f"count.{kind}"].long()
+            return [ChannelMoments(n, *part) for n, part in zip(counts, both)]
         return [Moments(count, mean, m2) for mean, m2 in both]
 
     channels = {kind: tensors[f"channels.{kind}"] for kind in kinds}

@@ -304,10 +304,11 @@ def refuse_late_adapter(parent: nn.Module, name: str, module: nn.Module | None):
     if module in marked and not split_linears(module):
         mark(module, False)  # its frozen adapter was merged and removed
         return
+    if not hasattr(module, "peft_config"):
+        vars(module).pop("_hf_peft_config_loaded", None)  # transformers sets it beforehand
     raise SsahError(
-        "this model is frozen already, so an adapter put on now would leave out the linears with "
-        "frozen units; put the adapter on first (get_peft_model), then freeze; to get there, "
-        "merge(model)"
+        "this model is frozen already, so an adapter that is put on now would leave out the "
+        "linears with frozen units; merge(model), put the adapter on, and freeze then"
     )
 
 

@@ -165,15 +165,16 @@ class Statistics:
 
 # %% ../../nbs/engine/scores.ipynb #scores-014
 def check_same_scoring(a: Statistics, b: Statistics):
-    "Raise `SsahError` unless both come from one model, weights included, and one method."
-    wrong = [key for key in ("model", "method", "tokens") if a.info.get(key) != b.info.get(key)]
+    "Raise `SsahError` unless both have one model, weights included, method and chat template."
+    same = "model", "method", "tokens", "chat template"
+    wrong = [key for key in same if a.info.get(key) != b.info.get(key)]
     both = [(w, b.weights[kind]) for kind, w in a.weights.items() if kind in b.weights]
     if not wrong and not all(torch.allclose(v, w, rtol=1e-5, atol=0) for v, w in both):
         wrong = ["weights"]
     if wrong:
         raise SsahError(
             f"the two importances differ in {', '.join(wrong)}; "
-            "score both sets on one model by one method"
+            "score both sets on one model by one method, with the same chat_options"
         )
 
 

@@ -125,6 +125,16 @@ HARMFUL_SOURCES = [
         hub="walledai/HarmBench",
         config="standard",
     ),
+    Source(
+        name="contrast_unsafe",
+        kind="harmful",
+        rows=50,
+        licence="Apache-2.0",
+        origin="this project (by hand)",
+        used_for="twins of contrast_safe that ask for harm",
+        splits=("evaluate",),
+        columns=(PROMPT_ONLY,),
+    ),
 ]
 
 # %% ../../nbs/engine/sources.ipynb #650bc74d
@@ -152,6 +162,16 @@ BENIGN_SOURCES = [
         hub="tatsu-lab/alpaca_eval",
         revision="2edc6fad8be6b14ea7230aabfd08188da6b8b814",
         hub_files="alpaca_eval.json",
+    ),
+    Source(
+        name="contrast_safe",
+        kind="benign",
+        rows=50,
+        licence="Apache-2.0",
+        origin="this project (by hand)",
+        used_for="over-refusal of alarming words",
+        splits=("evaluate",),
+        columns=(PROMPT_ONLY,),
     ),
 ]
 MODEL_SOURCE = Source(

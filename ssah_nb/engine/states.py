@@ -21,7 +21,7 @@ def check_values(
     what: Callable[[int], str],  # (index in the first dimension) -> what these numbers are
 ):
     "Raise `SsahError` naming the first that is NaN or infinite."
-    broken = ~values.isfinite().view(len(values), -1).all(1)
+    broken = ~values.isfinite().view(len(values), -1).all(1) if len(values) else torch.empty(0)
     if broken.any():
         dtype = str(next(p.dtype for p in model.parameters())).removeprefix("torch.")
         raise SsahError(

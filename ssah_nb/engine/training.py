@@ -154,6 +154,7 @@ def optimize(
     lr: float,  # peak learning rate
     after_step: Callable[[], None] | None = None,  # called after each step, e.g. to average weights
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
+    anchor=None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
 ) -> pd.DataFrame:
     """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]` and `attrs["seconds"]`.
 
@@ -168,6 +169,8 @@ def optimize(
     model.train()
     with gradients_to(stepper.masters), mixed_precision(model) if mixed else nullcontext():
         for rows in progress(batches, "training"):
+            if anchor:
+                anchor.loss(model).backward()
             losses.append(backward_parts(part_losses(rows)))
             if not math.isfinite(losses[-1]):
                 raise SsahError(
@@ -197,6 +200,7 @@ def finetune(
     max_tokens: int = 1024,  # tokens that are run at once; a larger batch is run in parts
     after_step: Callable[[], None] | None = None,  # called after each step
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
+    anchor=None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
 ) -> pd.DataFrame:
     """Train on the response tokens: `optimize` with their mean loss, nats per token.
 
@@ -214,7 +218,7 @@ def finetune(
         for part in token_batches([encoded[r] for r in rows], max_tokens, model):
             yield response_losses(model, part).sum() / tokens
 
-    return optimize(model, batches, part_losses, lr, after_step, mixed)
+    return optimize(model, batches, part_losses, lr, after_step, mixed, anchor)
 
 
 # %% ../../nbs/engine/training.ipynb #training-010
