@@ -102,15 +102,17 @@ NAMES = {  # of the modules of a block: what reads, one of several ways, and wha
 
 
 def lacking(layer: nn.Module) -> str:  # a block
-    "Which of its modules has no linears with known names; empty when both have."
-
-    def has(module, names):
-        return all(hasattr(getattr(module, name, None), "in_features") for name in names)
-
+    "Which linears with known names its modules lack; empty when they have all."
     for name, (reads, writes) in NAMES.items():
         module = getattr(layer, name, None)
-        if not any(has(module, (*way, writes)) for way in reads):
-            return f"{name} is a {type(module).__name__}" if module else f"there is no {name}"
+        if module is None:
+            return f"there is no {name}"
+        missing = [
+            [n for n in (*way, writes) if not hasattr(getattr(module, n, None), "in_features")]
+            for way in reads
+        ]
+        if all(missing):
+            return f"{name} ({type(module).__name__}) has no linear {', '.join(missing[0])}"
     return ""
 
 

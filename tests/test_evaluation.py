@@ -23,7 +23,7 @@ from ssah_nb.engine.evaluation import (
     safety_report,
     text_perplexity,
 )
-from ssah_nb.engine.judges import KEYWORDS, guard_judge, is_refusal
+from ssah_nb.engine.judges import KEYWORDS, is_refusal
 from ssah_nb.engine.generation import generate
 from ssah_nb.engine.intervals import wilson
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
@@ -77,20 +77,6 @@ def test_rates_judges_and_their_errors():
         attack_success(None, None, PROMPTS[:4], responses=["a"])
     with pytest.raises(SsahError, match="3 prompts but 1 responses"):
         over_refusal(None, None, PAIRS, responses=["a"])
-
-
-def test_guard_judge_reads_the_verdict(monkeypatch):
-    tokenizer, seen = tiny_tokenizer(), []
-
-    def verdict(model, encoded, *a):
-        seen.extend(encoded)
-        return [tokenizer(v).input_ids for v in ("\n\nunsafe\nS1", "safe")]
-
-    monkeypatch.setattr(evaluation, "greedy_tokens", verdict)
-    judge = guard_judge(tiny_model(), tokenizer)
-    assert judge(["Hi", "Ho"], ["one answer", "another"]) == [True, False]
-    assert "one answer" in tokenizer.decode(seen[0])
-    assert tokenizer.decode(seen[0]).endswith("<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])

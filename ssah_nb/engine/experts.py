@@ -13,6 +13,7 @@ __all__ = [
     'fused_shapes',
     'check_experts',
     'expert_units',
+    'check_equal_experts',
     'fused_weight',
     'expert_columns',
     'expert_rows',
@@ -102,11 +103,25 @@ def check_experts(experts: nn.Module, owner: str):  # owner: what the error call
     )
 
 
-def expert_units(experts: nn.Module, at: str) -> tuple[str, tuple, int, int]:  # at: their name
-    "Name of B, the parts of A with their first rows, all units of a layer, and experts."
+def expert_units(layer: nn.Module, at: str, owner: str) -> dict:  # at: its name in the model
+    "Where a block's experts have their units, as `DepthTwo` names it; {} without. Or `SsahError`."
+    if block_experts(layer) is None:
+        return {}
+    name, experts = block_experts(layer)
+    check_experts(experts, owner)
     count, _, channels = fused_shapes(shell_of(experts))[1]
-    rows = (f"{at}.gate_up_proj", 0), (f"{at}.gate_up_proj", channels)
-    return f"{at}.down_proj", rows, count * channels, count
+    b, a = (f"{at}.{name}.{fused}" for fused in reversed(FUSED))
+    units = {"b": b, "a": ((a, 0), (a, channels)), "shared": (), "units": count * channels}
+    return units | {"width": 1, "group": 1, "experts": count}
+
+
+def check_equal_experts(counts: Iterable[int], owner: str):  # counts: of each layer, 0: plain MLP
+    "Raise `SsahError` when layers differ in their experts."
+    if len(set(counts)) > 1:
+        raise SsahError(
+            f"{owner} is not supported: its layers have {' or '.join(map(str, sorted(set(counts))))} "
+            "experts (0 is a plain MLP); every layer must have as many"
+        )
 
 
 # %% ../../nbs/engine/experts.ipynb #experts-012

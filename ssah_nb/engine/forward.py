@@ -9,7 +9,8 @@ __all__ = [
     'rotary_kinds',
     'rotary_switches',
     'reset_rotaries',
-    'has_recurrent_state',
+    'check_causal',
+    'needs_equal_prompts',
     'sharing',
     'context_of',
     'head_sees',
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/forward.ipynb #forward-002
+import inspect
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
@@ -84,20 +86,35 @@ def reset_rotaries(model: nn.Module):
 
 
 # %% ../../nbs/engine/forward.ipynb #forward-009
-def has_recurrent_state(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
-    "Whether some layer does more than attend to all tokens, or to those of a window."
+def check_causal(model: PreTrainedModel):
+    "Raise `SsahError` for a model whose tokens see later ones, or that padding on the right moves."
+    config = model.config.get_text_config()
+    others = ("cpmant", "prophetnet", "xlm", "xlnet")
+    if getattr(config, "is_decoder", True) is False or config.model_type in others:
+        raise SsahError(
+            f"{type(model).__name__} is no causal language model (its tokens see later ones); "
+            "use a decoder-only model, or load it with is_decoder=True where it has that"
+        )
+
+
+def needs_equal_prompts(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
+    "Whether padding on the left of a prompt may change what the model makes of it."
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
     plain = {"full_attention", "sliding_attention", "attention"}
-    return not plain.issuperset(kinds) or getattr(model, "_is_stateful", False)
+    takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+    stateful = getattr(base, "_is_stateful", False) or not plain.issuperset(kinds)
+    return stateful or not takes_positions or virtual_tokens(model) > 0
 
 
 def sharing(
     model: PreTrainedModel,  # any causal language model, PEFT-wrapped or not
     new_tokens: int = 0,  # tokens that are generated; 0: none, and rows are padded on the right
 ) -> Callable[[int], Hashable]:
-    "A function of a row's tokens: rows for which it is equal may share a batch."
+    "A function of a row's tokens: rows for which it is equal may share a batch. Or `SsahError`."
+    check_causal(model)
     virtual, switches = virtual_tokens(model), sorted(rotary_switches(model))
-    if new_tokens and (virtual or has_recurrent_state(model)):
+    if new_tokens and needs_equal_prompts(model):
         return lambda tokens: tokens
 
     def side(kind: str, switch: int, tokens: int) -> int:
@@ -150,7 +167,8 @@ def own_forward(
     **options,  # of the model's forward, e.g. output_hidden_states
 ) -> ModelOutput:
     "What the model returns, with `logits` [places, vocabulary] row by row."
-    virtual_tokens(model)  # refuses what cannot be run
+    check_causal(model)
+    virtual_tokens(model)  # refuses an adapter that cannot be run
     reset_rotaries(model)
     with head_sees(model, places):
         out = model(

@@ -15,6 +15,7 @@ __all__ = [
     'permutable_linears',
     'split_all',
     'split_linears',
+    'of_peft',
     'mark',
     'builds_adapter',
     'refuse_late_adapter',
@@ -280,20 +281,27 @@ def split_linears(model: nn.Module) -> dict[str, SplitLinear]:  # any model
 
 
 # %% ../../nbs/engine/parts.ipynb #parts-034
+def of_peft(module: nn.Module) -> bool:  # any module
+    "Whether it is a part of an adapter."
+    return type(module).__module__.startswith("peft.tuners")
+
+
 def mark(model: nn.Module, frozen: bool):  # model: changed in place
-    "Note on each module whether it belongs to a frozen model."
+    "Note on each module whether it belongs to a frozen model, and on which PEFT keeps its adapters."
     for module in model.modules():
         vars(module).pop("ssah_frozen", None)
         if frozen:
-            vars(module)["ssah_frozen"] = True
+            vars(module)["ssah_frozen"] = "model"
+    for layer in filter(of_peft, model.modules() if frozen else ()):
+        for held in layer.children():
+            if isinstance(held, nn.ModuleDict):
+                vars(held)["ssah_frozen"] = "adapters"  # by name
 
 
 def builds_adapter(parent: nn.Module, name: str, module: nn.Module) -> bool:
     "Whether PEFT is making this the submodule of that one, to build an adapter into a model."
-    if any(type(part).__module__.startswith("peft.tuners") for part in (parent, module)):
-        return True
-    several = isinstance(parent, nn.ModuleDict) and name not in parent  # a further adapter
-    return several and any(isinstance(other, SplitLinear) for other in parent.values())
+    further = vars(parent).get("ssah_frozen") == "adapters" and name not in parent
+    return further or of_peft(parent) or of_peft(module)
 
 
 def refuse_late_adapter(parent: nn.Module, name: str, module: nn.Module | None):
