@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'at_least_float32',
     'answer_drift',
     'unit_drift',
     'Anchor',
@@ -47,12 +48,17 @@ from .units import UnitMask, check_mask, depth_two
 
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-005
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    "A tensor in float32, or in its own type where that is finer."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def answer_drift(
     logits: torch.Tensor,  # [tokens, vocabulary], of the model now
     before: torch.Tensor,  # [tokens, vocabulary], log-probabilities of the model at the start
 ) -> torch.Tensor:
     "KL(p₀ ‖ p) of each token, [tokens], nats (Kullback-Leibler divergence)."
-    now = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    now = at_least_float32(logits).log_softmax(-1)
     before = before.to(now.device, now.dtype).log_softmax(-1)  # sums to one after rounding, too
     return (before.exp() * (before - now)).sum(-1)
 
@@ -66,7 +72,7 @@ def unit_drift(
     width: int = 1,  # channels of a unit: 1, or head_dim
 ) -> torch.Tensor:
     "((X − X⁰)/s)² of each unit, [tokens, units]; for a head the mean over its channels."
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     mean, spread, before = (t.to(x.device, x.dtype) for t in (mean, spread, before))
     return ((x - mean) / spread - before).square().unflatten(-1, (-1, width)).mean(-1)
 
@@ -198,7 +204,7 @@ def reference_of(anchor: Anchor, model: PreTrainedModel) -> list[dict[str, torch
     kept = []
     for item in held:  # one at a time: all channels of a layer are needed for the floor
         everything = torch.arange(model.get_submodule(item.b).in_features)
-        (x,) = in_order_of_pairs(anchor, model, {item.b: everything}, torch.Tensor.float)
+        (x,) = in_order_of_pairs(anchor, model, {item.b: everything}, at_least_float32)
         kept.append(in_spreads(x, item.channels))
     return kept
 

@@ -31,6 +31,7 @@ from .engine.judges import is_refusal
 from .engine.limits import check_counts, check_limits
 from .engine.generation import generate
 from .engine.models import load_stage
+from .engine.routed import never_reached, reached_zscore
 from .engine.run import Run, SsahError
 from .engine.scores import Statistics, check_request, kept_tokens, score_batches
 from .engine.splits import Splits
@@ -102,9 +103,11 @@ def standardized(
     square_attention: bool = False,  # True: FLAP's squared attention metric
 ) -> Scores:
     "Î: z-scores within each layer and kind of module (paper, section 3)."
-    attention = importance.channels["attention"]
-    z = zscore(attention.square() if square_attention else attention)
-    return Scores(zscore(importance.mlp), importance.heads(z))
+    attention, never = importance.channels["attention"], never_reached(importance.moments)
+    heads = importance.heads(zscore(attention.square() if square_attention else attention))
+    if never is None:
+        return Scores(zscore(importance.mlp), heads)
+    return Scores(reached_zscore(importance.mlp, never, heads), heads)
 
 
 Importance.standardized = standardized

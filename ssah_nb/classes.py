@@ -30,11 +30,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from .attribution import Importance, load_scores
 from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off, whole_model
+from .engine.experts import experts_off, refuse_experts
 from .engine.inputs import as_rows
 from .engine.intervals import Estimate
 from .engine.limits import check_amounts, check_shares
 from .engine.parts import plain_linear
 from .engine.proof import check_cut, trial_states
+from .engine.routed import level, never_reached
 from .engine.run import Run, SsahError
 from ssah_nb.units import (
     CLASSES,
@@ -140,6 +142,9 @@ def classify(
         return as_map(u, "UU", {"RU": top_units(-u, ru, info, ratio_of)}, info)
     check_same_scoring(safety, utility)
     s = safety.standardized(square_attention)
+    never = never_reached(safety.moments), never_reached(utility.moments)
+    mlp = level((s.mlp, u.mlp), never)
+    s, u = Scores(mlp[0], s.attention), Scores(mlp[1], u.attention)
     ranked = {"RU": (-(s + u), ru), "UCU": (u - s, ucu), "SCU": (s - u, scu)}
     classes = {name: top_units(*r, info, ratio_of) for name, r in ranked.items()}
     if len(classes["UCU"] & classes["SCU"]):
@@ -172,8 +177,11 @@ def pruned(
                 off = chosen_channels(mask, kind, layer, module.width)
                 if off.any():
                     means = compensate.mean(kind)[layer][off] if compensate else None
-                    b = plain_linear(model, module.b)
-                    undone.enter_context(inputs_off(b, off, means))
+                    undone.enter_context(
+                        experts_off(model, module, off, means)
+                        if module.experts
+                        else inputs_off(plain_linear(model, module.b), off, means)
+                    )
         yield model
 
 
@@ -261,6 +269,7 @@ def prune(
         )
     check_mask(mask, model)
     modules = depth_two(model)
+    refuse_experts(modules)
     kept = can_stay(modules, {"mlp": mask.mlp, "attention": mask.attention})
     plan = cut_plan(model, modules, kept)
     for name in plan:

@@ -25,6 +25,7 @@ from .attribution import Importance
 from collections.abc import Iterable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .units import unit_linears, Scores, UnitMap, UnitMask, check_mask, depth_two
+from .engine.expert_parts import frozen_in_experts
 from .engine.inputs import as_pairs
 from .engine.limits import check_amounts, check_seed
 from .engine.matched import finetune_until
@@ -52,6 +53,9 @@ def frozen_rows_and_columns(
         for layer, m in enumerate(modules):
             units = getattr(mask, kind)[layer].cpu()
             if not units.any():
+                continue
+            if m.experts:
+                found |= frozen_in_experts(m, units)
                 continue
             groups = units.unflatten(0, (-1, m.group)).any(1)
             for parts, chosen in ((m.a, units), (m.shared, groups)):

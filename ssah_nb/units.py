@@ -42,6 +42,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from .engine.batches import UNIT_NEEDS, decoder
 from .engine.columns import draw_like
+from .engine.experts import block_experts, check_equal_experts, expert_units
+from .engine.experts import is_fused, sizes
 from .engine.proof import architecture, prove
 from .engine.run import SsahError
 from .engine.tensors import check_tensors, load_tensors, save_tensors
@@ -60,6 +62,7 @@ class DepthTwo:
     units: int  # MLP channels, or query heads
     width: int  # channels of B per unit: 1, or head_dim
     group: int  # units that share rows of `shared`: query heads per key/value head
+    experts: int = 0  # of a layer; A and B are then fused tensors of all of them
 
 
 # %% ../nbs/01_units.ipynb #01-units-mlp
@@ -104,6 +107,8 @@ NAMES = {  # of the modules of a block: what reads, one of several ways, and wha
 def lacking(layer: nn.Module) -> str:  # a block
     "Which linears with known names its modules lack; empty when they have all."
     for name, (reads, writes) in NAMES.items():
+        if name == "mlp" and block_experts(layer):
+            continue
         module = getattr(layer, name, None)
         if module is None:
             return f"there is no {name}"
@@ -119,6 +124,7 @@ def lacking(layer: nn.Module) -> str:  # a block
 # %% ../nbs/01_units.ipynb #01-units-equal-layers
 def check_equal_layers(model: nn.Module, found: dict[str, list[DepthTwo]]):
     "Raise `SsahError` when the layers differ in their units."
+    check_equal_experts((m.experts for m in found["mlp"]), architecture(model))
     for modules in found.values():
         if len({m.units for m in modules}) > 1:
             raise SsahError(
@@ -148,7 +154,9 @@ def depth_two(
             raise SsahError(f"{refused}; {UNIT_NEEDS}")
         at = f"{prefix}.layers.{i}".lstrip(".")
         heads = stack.config.num_attention_heads
-        found["mlp"].append(mlp_units(layer.mlp, f"{at}.mlp"))
+        experts = expert_units(layer, at, architecture(model))
+        mlp = DepthTwo("mlp", **experts) if experts else mlp_units(layer.mlp, f"{at}.mlp")
+        found["mlp"].append(mlp)
         found["attention"].append(attention_units(layer.self_attn, f"{at}.self_attn", heads))
     check_equal_layers(model, found)
     prove(model, found)
@@ -162,10 +170,10 @@ def unit_parameters(
     "Parameters of one unit of each kind; shared key/value rows are divided among their group."
 
     def inputs(parts):
-        return sum(model.get_submodule(name).in_features for name, _ in parts)
+        return sum(sizes(model, name)[1] for name, _ in parts)
 
     def count(m: DepthTwo) -> float:
-        columns = model.get_submodule(m.b).out_features
+        columns = sizes(model, m.b)[0]
         return m.width * (inputs(m.a) + inputs(m.shared) / m.group + columns)
 
     return {kind: count(modules[0]) for kind, modules in depth_two(model).items()}
@@ -174,7 +182,8 @@ def unit_parameters(
 def unit_linears(model: nn.Module) -> list[str]:  # model: as for `depth_two`
     "Names of all linears that hold units."
     modules = (m for modules in depth_two(model).values() for m in modules)
-    return sorted({name for m in modules for name in (m.b, *(n for n, _ in m.a + m.shared))})
+    names = {name for m in modules for name in (m.b, *(n for n, _ in m.a + m.shared))}
+    return sorted(name for name in names if not is_fused(name))
 
 
 # %% ../nbs/01_units.ipynb #01-units-signature
@@ -190,7 +199,7 @@ def signature(model: nn.Module) -> dict:  # model: as for `depth_two`
         "heads": attention.units,
         "head_dim": attention.width,
         "group": attention.group,
-    }
+    } | ({"experts": mlp.experts} if mlp.experts else {})
 
 
 # %% ../nbs/01_units.ipynb #01-units-same-model

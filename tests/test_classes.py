@@ -106,9 +106,9 @@ def test_the_default_ratios_give_the_shares_that_the_paper_prints():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(scu=-0.01), "ratio scu=-0.01 is not between 0 and 1"),
-        (dict(ru=1.5), "ratio ru=1.5 is not between"),
-        (dict(ucu=float("nan")), "ratio ucu=nan"),
+        (dict(scu=-0.01), "scu=-0.01 is not between 0 and 1"),
+        (dict(ru=1.5), "ru=1.5 is not between"),
+        (dict(ucu=float("nan")), "ucu=nan"),
         (dict(scu=0.5, ucu=0.3, ru=0.3), "overlap: together they are more than 1"),
         (dict(ratio_of="heads"), "unknown ratio_of 'heads'; use one of parameters"),
         (

@@ -90,7 +90,7 @@ def test_the_limit_is_the_largest_rise_that_the_paper_prints():
 def test_what_the_search_refuses():
     with pytest.raises(SsahError, match="no ratios to search"):
         searched({}, [])
-    with pytest.raises(SsahError, match="ratio scu=2"):
+    with pytest.raises(SsahError, match="scu=2"):
         searched({}, [2])
     with pytest.raises(SsahError, match="no estimate of attack success"):
         search_scu(made_up(0), made_up(1), [4 / 72], lambda mask: (0.9, 10.0))

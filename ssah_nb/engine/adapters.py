@@ -18,6 +18,7 @@ import torch
 from collections.abc import Iterable
 from threading import Lock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .experts import fused_weight, is_fused, whole_experts
 from .parts import plain_linear
 from .run import SsahError
 from .training import training_perplexity
@@ -70,7 +71,13 @@ def linears_to_split(
 ) -> dict[str, tuple[torch.Tensor, int]]:
     "The plan for what is trained: the linears themselves, or their adapters. Raises `SsahError`."
     found: dict[str, tuple[torch.Tensor, int]] = {}
+    for name in filter(is_fused, plan):
+        trained = fused_weight(model, name).requires_grad
+        if whole_experts(model, name) and (trained or not hasattr(model, "peft_config")):
+            found[name] = plan[name]
     for name, planned in plan.items():
+        if is_fused(name):
+            continue
         module, names = model.get_submodule(name), [name]
         trained = any(p.requires_grad for p in module.parameters())
         if hasattr(module, "lora_A"):

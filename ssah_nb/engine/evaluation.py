@@ -305,6 +305,7 @@ def safety_report(
     "All measures of this page, each with its interval and n."
     prompts, benign, dense = as_prompts(prompts), as_pairs(benign), dense_model or model
     check_limits(window=window, max_response=max_response)
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     if max_perplexity is None:
         max_perplexity = coherence_threshold(dense, tokenizer, benign, max_new_tokens)
     sizes = dict(system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)

@@ -117,10 +117,10 @@ def expert_units(layer: nn.Module, at: str, owner: str) -> dict:  # at: its name
 
 def check_equal_experts(counts: Iterable[int], owner: str):  # counts: of each layer, 0: plain MLP
     "Raise `SsahError` when layers differ in their experts."
-    if len(set(counts)) > 1:
+    if len(found := sorted(set(counts))) > 1:
         raise SsahError(
-            f"{owner} is not supported: its layers have {' or '.join(map(str, sorted(set(counts))))} "
-            "experts (0 is a plain MLP); every layer must have as many"
+            f"{owner} is not supported: its layers have {' or '.join(map(str, found))} experts "
+            "(0 is a plain MLP), and a unit map needs as many in every layer"
         )
 
 

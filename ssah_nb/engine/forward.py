@@ -10,6 +10,7 @@ __all__ = [
     'rotary_switches',
     'reset_rotaries',
     'check_causal',
+    'has_recurrent_state',
     'needs_equal_prompts',
     'sharing',
     'context_of',
@@ -97,14 +98,18 @@ def check_causal(model: PreTrainedModel):
         )
 
 
+def has_recurrent_state(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
+    "Whether some layer does more than attend to all tokens, or to those of a window."
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    plain = {"full_attention", "sliding_attention", "attention"}
+    return not plain.issuperset(kinds) or getattr(model, "_is_stateful", False)
+
+
 def needs_equal_prompts(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
     "Whether padding on the left of a prompt may change what the model makes of it."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    plain = {"full_attention", "sliding_attention", "attention"}
     takes_positions = "position_ids" in inspect.signature(base.forward).parameters
-    stateful = getattr(base, "_is_stateful", False) or not plain.issuperset(kinds)
-    return stateful or not takes_positions or virtual_tokens(model) > 0
+    return has_recurrent_state(model) or not takes_positions or virtual_tokens(model) > 0
 
 
 def sharing(

@@ -44,8 +44,10 @@ class LiveTensor(torch.Tensor):
         whole: torch.Tensor,  # memory of its own, of the shape that `owner.original` gives
         owner,  # a module with `original(name)`, `fill(name, tensor)` and a flag `replaced`
         name: str,  # "weight" or "bias"
+        settable: bool = False,  # whether `live.data = new` is taken as writing
     ):
         self.part, self.whole, self.owner, self.name_in_owner = part, whole, owner, name
+        self.settable = settable
 
     def plain(self) -> torch.Tensor:
         "An ordinary tensor with the numbers that the owner holds now."
@@ -97,7 +99,9 @@ def read_only(live: LiveTensor, *, force: bool = False) -> np.ndarray:
 
 
 def write_all(live: LiveTensor, new: torch.Tensor):
-    "`live.data = new`, as a plain parameter would take it over."
+    "`live.data = new`: a parameter takes it over, an entry of a state dict would not."
+    if not live.settable:
+        raise SsahError("setting .data here would not change the model; use .copy_(new) instead")
     with torch.no_grad():
         live.copy_(new)
 
@@ -111,7 +115,7 @@ LiveTensor.data = property(lambda live: live.detach(), write_all)
 
 
 # %% ../../nbs/engine/live.ipynb #live-008
-def show(owner, name: str) -> LiveTensor:  # as in `LiveTensor`
+def show(owner, name: str, settable: bool = False) -> LiveTensor:  # as in `LiveTensor`
     "A live tensor of all that the owner holds by this name."
     whole = owner.original(name)
-    return LiveTensor(whole, whole, owner, name)
+    return LiveTensor(whole, whole, owner, name, settable)

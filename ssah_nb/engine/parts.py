@@ -27,6 +27,8 @@ __all__ = [
 import math
 import torch
 import torch.nn.functional as F
+from .expert_parts import SplitExperts, experts_in
+from .experts import is_fused
 from .live import LiveTensor, show
 from .products import Permuted, SplitProduct, adjacent, whole
 from .run import SsahError
@@ -123,7 +125,7 @@ class LinearParts(AdjacentParts):
 
     def shown(self, name: str) -> LiveTensor | None:  # name: "weight" or "bias"
         "The original's weight or bias: reading it is always fresh, writing to it changes this."
-        return show(self, name) if name in self.flags else None
+        return show(self, name, settable=True) if name in self.flags else None
 
     weight = property(lambda self: self.shown("weight"))
     bias = property(lambda self: self.shown("bias"))
@@ -161,7 +163,7 @@ class SplitLinear(LinearParts):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name in self.flags:
-            destination[prefix + name] = self.shown(name)
+            destination[prefix + name] = show(self, name)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -233,7 +235,7 @@ def replace(model: nn.Module, name: str, module: nn.Module):
     "Put a module in the place of another."
     (parent, _, child), old = name.rpartition("."), model.get_submodule(name)
     REPLACED.update({id(p): p for p in old.parameters()})
-    if isinstance(old, SplitLinear):
+    if isinstance(old, (SplitLinear, SplitExperts)):
         old.replaced = True
     model.get_submodule(parent).register_module(child, module)
 
@@ -267,17 +269,21 @@ def split_all(
 ):
     "Split each linear of a plan."
     permutable = permutable_linears(model, plan, mlps)
+    for name, masks in experts_in(plan).items():
+        replace(model, name, SplitExperts(model.get_submodule(name), masks))
     for name, (rows, dim) in plan.items():
+        if is_fused(name):
+            continue
         split = SplitLinear(model.get_submodule(name), rows, dim, permuted=name in permutable)
         if ".lora_" in name:
             split.frozen_weight.data.zero_()
         replace(model, name, split)
 
 
-def split_linears(model: nn.Module) -> dict[str, SplitLinear]:  # any model
-    "The split linears of a frozen model, by name."
-    named = model.named_modules()
-    return {name: module for name, module in named if isinstance(module, SplitLinear)}
+def split_linears(model: nn.Module) -> dict[str, SplitLinear | SplitExperts]:  # any model
+    "The split linears and experts of a frozen model, by name."
+    kinds, named = (SplitLinear, SplitExperts), model.named_modules()
+    return {name: module for name, module in named if isinstance(module, kinds)}
 
 
 # %% ../../nbs/engine/parts.ipynb #parts-034
@@ -287,7 +293,7 @@ def of_peft(module: nn.Module) -> bool:  # any module
 
 
 def mark(model: nn.Module, frozen: bool):  # model: changed in place
-    "Note on each module whether it belongs to a frozen model, and on which PEFT keeps its adapters."
+    "Note on each module whether it belongs to a frozen model, and which hold PEFT's adapters."
     for module in model.modules():
         vars(module).pop("ssah_frozen", None)
         if frozen:
@@ -335,7 +341,7 @@ def outside(
         name
         for name, p in model.named_parameters()
         if p.requires_grad
-        and (not name.startswith(linears) or name.startswith(b) and name.endswith(".bias"))
+        and (not f"{name}.".startswith(linears) or name.startswith(b) and name.endswith(".bias"))
     ]
 
 
@@ -348,6 +354,6 @@ def check_trains(
     "Raise `SsahError` when nothing would be left to train."
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     full = [name for name, (rows, _) in plan.items() if rows.all()]
-    held = {f"{name}.{p}" for name in full for p in ("weight", "bias")}
+    held = {f"{name}.{p}" for name in full for p in ("weight", "bias")} | set(full)
     if everything or not trained - held - set(off):
         raise SsahError("this leaves nothing to train; leave some units out of the mask")

@@ -38,11 +38,11 @@ from .sources import Source
 def parse_csv(text: str, header: bool) -> list[dict]:
     """Rows of a table; without a line of column names, its only column is the prompt.
 
-    Lines with a leading "#" above the column names are remarks.
+    Lines that begin with "# " above the column names are remarks.
 
     Raises `SsahError` for a name that stands twice, and for a row with a cell too many."""
     names = None if header else ["prompt"]
-    while header and text.startswith("#"):
+    while header and text.startswith("# "):
         text = text.partition("\n")[2]
     table = csv.DictReader(io.StringIO(text, newline=""), names, strict=True)
     names = table.fieldnames or []

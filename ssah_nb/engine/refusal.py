@@ -109,7 +109,7 @@ ENGLISH |= {
         r"(?:something else|(?:a |an )?(?:different|another) (?:topic|subject|question|request))\b",
         r"\blet'?s not\b|\b(?:crisis|suicide|help)(?: prevention)? ?(?:hot)?lines?\b",
         rf"^(?:no|nope|nah|no way|absolutely not|certainly not|declined)(?:[.!]|$)|^{NOT} ",
-        r"^(?:no|nope|nah),? sorry\b",
+        r"^(?:no|nope|nah),? sorry\b|^(?:i'?m |i am )?(?:\w+ )?sorry[.,!]?$",
     ),
 }
 

@@ -59,23 +59,24 @@ def reach(moments: dict[str, list[Moments]]) -> dict:
 def reached_zscore(
     x: torch.Tensor,  # [layers, units], raw scores
     never: torch.Tensor,  # bool, of the same shape: no token reached the unit
+    others: torch.Tensor,  # z-scores of the units of another kind, any shape
 ) -> torch.Tensor:
-    "(x − mean)/std over the reached units of each layer; the others get the lowest of all."
+    "(x − mean)/std over the reached units of each layer; the rest get the lowest of all z-scores."
     z = torch.zeros_like(x)
     for row, scores, off in zip(z, x, never):
         some = scores[~off]
         std = some.std() if len(some) > 1 else 0
         row[~off] = (some - some.mean()) / std if std > 0 else torch.zeros_like(some)
-    lowest = z[~never].min() if not never.all() else z.new_zeros(())
+    lowest = torch.cat([z[~never], others.flatten()]).min()
     return torch.where(never, lowest, z)
 
 
 def level(
-    scores: tuple[torch.Tensor, torch.Tensor],  # z-scores of two sets, [layers, units]
+    scores: tuple[torch.Tensor, torch.Tensor],  # MLP z-scores of two sets, [layers, units]
     never: tuple[torch.Tensor | None, torch.Tensor | None],  # units that the set did not reach
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The same scores, equal and lowest where neither set reached the unit."
-    if any(part is None for part in never):
+    if never[0] is None or never[1] is None:
         return scores
     lowest = torch.minimum(scores[0].min(), scores[1].min())
     first, second = (torch.where(never[0] & never[1], lowest, part) for part in scores)

@@ -11,6 +11,7 @@ __all__ = [
     'DO_NOT_ANSWER',
     'HARMFUL_SOURCES',
     'BENIGN_SOURCES',
+    'JUDGE_SOURCE',
     'MODEL_SOURCE',
     'ARROW_TASKS',
     'REQUEST_TASKS',
@@ -36,7 +37,7 @@ class Source:
     "One data set: where it is from, under which licence, and what is prompt and response."
 
     name: str  # what `load_pairs` or `local_task_file` calls it
-    kind: str  # "harmful", "benign", "text", "task" or "model"
+    kind: str  # "harmful", "benign", "text", "task", "judge" or "model"
     rows: int  # rows in the wheel (checked when loaded), else as published on the hub
     licence: str  # of the data, as its authors state it
     origin: str  # the paper or project
@@ -174,6 +175,20 @@ BENIGN_SOURCES = [
         columns=(PROMPT_ONLY,),
     ),
 ]
+JUDGE_SOURCE = Source(
+    name="pyrit_refusals",
+    kind="judge",
+    rows=169,
+    licence="MIT",
+    origin="Microsoft, PyRIT (labels by people)",
+    used_for="how well a judge sees refusals",
+    columns=((("objective",), "assistant_response"),),
+    wheel="pyrit==1.1.0",
+    members=tuple(
+        f"pyrit/datasets/scorer_evals/refusal_scorer/{part}.csv"
+        for part in ("refusal", "refusal_extra")
+    ),
+)
 MODEL_SOURCE = Source(
     name="smollm2_135m_instruct",
     kind="model",
@@ -372,6 +387,7 @@ SOURCES = {
     for source in (
         *HARMFUL_SOURCES,
         *BENIGN_SOURCES,
+        JUDGE_SOURCE,
         MODEL_SOURCE,
         *task_sources(),
         *HUB_EVALUATION,

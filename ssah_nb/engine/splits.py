@@ -10,6 +10,7 @@ __all__ = [
     'Pairs',
     'without_safety_phrases',
     'overlaps',
+    'pairs_of_split',
     'Splits',
     'prompt_groups',
     'take',
@@ -88,6 +89,14 @@ def overlaps(pairs: dict[tuple[str, str], list[dict]]) -> list[str]:
 
 
 # %% ../../nbs/engine/splits.ipynb #splits-009
+def pairs_of_split(key: tuple[str, str], rows: Iterable[dict]) -> list[dict]:
+    "The rows as pairs, maybe without responses. Raises `SsahError` with the split and the row."
+    try:
+        return as_pairs(rows, needs_response=False, at_least=0)
+    except SsahError as error:
+        raise SsahError(f"split {'/'.join(key)}: {error}") from None
+
+
 @dataclass
 class Splits:
     """Disjoint sets of pairs: `splits['harmful', 'evaluate']`.
@@ -97,10 +106,7 @@ class Splits:
     pairs: dict[tuple[str, str], list[dict]]  # ("harmful" or "benign", split) -> pairs
 
     def __post_init__(self):
-        self.pairs = {
-            key: as_pairs(rows, needs_response=False, at_least=0)
-            for key, rows in self.pairs.items()
-        }
+        self.pairs = {key: pairs_of_split(key, rows) for key, rows in self.pairs.items()}
         shared = overlaps(self.pairs)
         if shared:
             more = "; …" if shared[5:] else ""
