@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'METHODS',
+    'columns_of_b',
     'squares_of_b',
     'mean_of_b',
     'squares_of_both',
@@ -25,8 +26,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from .batches import TokenBatch
+from .experts import expert_columns, expert_rows, sizes
 from .moments import Moments, load_statistics, save_statistics
 from .moments import sums_of_columns, sums_of_rows
+from .routed import reach
 from .run import SsahError
 from .states import check_in_memory
 from .watching import watched_moments
@@ -35,22 +38,28 @@ from typing import Any
 
 
 # %% ../../nbs/engine/scores.ipynb #scores-005
+def columns_of_b(model: PreTrainedModel, module: Any, change: Callable) -> torch.Tensor:
+    "The sum of each column of B after the change, float64."
+    return (expert_columns if module.experts else sums_of_columns)(model, module.b, change)
+
+
 def squares_of_b(model: PreTrainedModel, module: Any) -> torch.Tensor:
     "‖B_j‖² of each channel, float64."
-    return sums_of_columns(model, module.b, torch.Tensor.square_)
+    return columns_of_b(model, module, torch.Tensor.square_)
 
 
 def mean_of_b(model: PreTrainedModel, module: Any) -> torch.Tensor:
     "mean_i |B_ij| of each channel, float64."
-    rows = model.get_submodule(module.b).out_features
-    return sums_of_columns(model, module.b, torch.Tensor.abs_) / rows
+    return columns_of_b(model, module, torch.Tensor.abs_) / sizes(model, module.b)[0]
 
 
 def squares_of_both(model: PreTrainedModel, module: Any) -> torch.Tensor:
     "‖B_j‖² plus ‖A_j‖² of each linear in A, of each channel, float64."
-    size = module.units * module.width
+    size, sums = module.units * module.width, sums_of_rows
+    if module.experts:
+        size, sums = size // module.experts, expert_rows
     rows = [(name, slice(first, first + size)) for name, first in module.a]
-    squares = [sums_of_rows(model, name, r, torch.Tensor.square_) for name, r in rows]
+    squares = [sums(model, name, r, torch.Tensor.square_) for name, r in rows]
     return sum(squares, start=squares_of_b(model, module))
 
 
@@ -186,7 +195,7 @@ def both_together(a: Statistics, b: Statistics) -> Statistics:
         for kind, layers in a.moments.items()
     }
     channels = score_channels(METHODS[a.info["method"]], moments, a.weights)
-    return type(a)(channels, moments, a.info, a.weights)
+    return type(a)(channels, moments, a.info | reach(moments), a.weights)
 
 
 Statistics.__add__ = both_together
@@ -212,7 +221,7 @@ def score_batches(
     moments = {kind: [] for kind in modules}
     if chosen.signal:
         moments = collect_moments(model, modules, batches, chosen, tokens)
-    info = facts | {"method": method, "tokens": tokens}
+    info = facts | {"method": method, "tokens": tokens} | reach(moments)
     return result(score_channels(chosen, moments, weights), moments, info, weights)
 
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from .batches import TokenBatch, evaluation_mode, response_losses, run_blocks
 from .forward import embedded_tokens
+from .experts import experts_seen, is_fused
 from .moments import Moments, pieces
+from .routed import RoutedMoments, counted
 from .run import progress
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,31 +25,33 @@ from transformers import PreTrainedModel
 @contextmanager
 def watching(
     model: PreTrainedModel,  # any model
-    moments: dict[str, Moments],  # name of a linear -> what its input is added to
+    moments: dict[str, Moments],  # name of a linear -> what its input is added to, or of experts
     signal: Callable,  # (X) -> what is averaged; with `gradient` (X, ∂L/∂X)
     gradient: bool = False,  # whether the signal needs the gradient
 ) -> Iterator[list]:
     "Hooks while open. The yielded list's item says which tokens count, as in `pieces`."
     rows, handles = [None], []
 
+    def take(m: Moments, x: torch.Tensor, which: torch.Tensor | None):
+        seen = x.detach()
+        if gradient:
+            x.register_hook(lambda g: m.add(signal(*p) for p in pieces(which, seen, g)))
+        else:
+            m.add(signal(*p) for p in pieces(which, seen))
+
+    def take_routed(name: str, expert: int, tokens: torch.Tensor, x: torch.Tensor):
+        take(moments[name].experts[expert], x, counted(rows[0], tokens))
+
     def watch(m: Moments) -> Callable:
-        def later(x, g):
-            m.add(signal(*p) for p in pieces(rows[0], x, g))
+        return lambda _, inputs: take(m, inputs[0], rows[0])
 
-        def hook(_, inputs):
-            x = inputs[0].detach()
-            if gradient:
-                inputs[0].register_hook(lambda g: later(x, g))
-            else:
-                m.add(signal(*p) for p in pieces(rows[0], x))
-
-        return hook
-
+    fused = [name for name in moments if is_fused(name)]
     try:
-        for name, m in moments.items():
-            handles.append(model.get_submodule(name).register_forward_pre_hook(watch(m)))
-        with evaluation_mode(model):  # no dropout, no checkpointing
-            yield rows
+        for name in moments.keys() - set(fused):
+            linear = model.get_submodule(name)
+            handles.append(linear.register_forward_pre_hook(watch(moments[name])))
+        with evaluation_mode(model), experts_seen(model, fused, take_routed):
+            yield rows  # no dropout, no checkpointing
     finally:
         for handle in handles:
             handle.remove()
@@ -83,10 +87,13 @@ def run_batch(model: PreTrainedModel, batch: TokenBatch, gradient: bool):
         run_blocks(model, batch)
 
 
-def in_order(m: Moments, linear: nn.Module) -> Moments:
+def in_order(m: Moments, model: nn.Module, name: str) -> Moments:  # name: of what it belongs to
     "On the CPU, in the model's own order: a frozen model may keep a linear's channels in another."
+    if isinstance(m, RoutedMoments):
+        return m.joined()
     if not m.count:
         return m
+    linear = model.get_submodule(name)
     order = linear.order.argsort() if getattr(linear, "permuted", False) else slice(None)
     return Moments(m.count, m.mean[order].cpu(), m.m2[order].cpu())
 
@@ -101,7 +108,7 @@ def watched_moments(
     tokens: str = "response",  # "response", or "all" but padding
 ) -> dict[str, Moments]:
     "The moments of each linear's input over the tokens that count."
-    moments = {name: Moments() for name in names}
+    moments = {n: RoutedMoments(model, n) if is_fused(n) else Moments() for n in names}
     several = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     with watching(model, moments, signal, gradient) as rows:
@@ -110,7 +117,7 @@ def watched_moments(
             mask = F.pad(mask, (embedded_tokens(model), 0))  # virtual tokens come first
             rows[0] = None if mask.all() else mask.flatten().nonzero().squeeze(1)
             run_batch(model, batch, gradient)
-    moments = {name: in_order(m, model.get_submodule(name)) for name, m in moments.items()}
+    moments = {name: in_order(m, model, name) for name, m in moments.items()}
     if world == 1:
         return moments
     shares = [None] * world
