@@ -35,6 +35,7 @@ from .generation import evaluating
 from .intervals import wilson
 from .limits import check_limits
 from .run import SsahError, progress
+from .states import check_in_memory, finite_logits
 
 # %% ../../nbs/engine/tasks.ipynb #tasks-004
 STOCK_TASKS = {  # task -> the harness's own definition
@@ -156,10 +157,11 @@ def zero_shot(
 ) -> pd.DataFrame:
     """Accuracy of each task: columns task, accuracy, low, high, n, acc_norm.
 
-    Raises `SsahError` for an unknown task, or a question without a right answer."""
+    Raises `SsahError` for an unknown task, a question without a right answer, or NaN logits."""
     tasks = tasks if isinstance(tasks, str) else list(tasks)
     check_tasks(tasks)
     check_limits(limit=limit, batch_size=batch_size)
+    check_in_memory(model)
     try:
         import lm_eval.evaluator
         import lm_eval.tasks
@@ -175,6 +177,7 @@ def zero_shot(
             with contextlib.redirect_stderr(io.StringIO()):
                 loaded = manager.load([task])
                 check_answers(loaded["tasks"][task])
-                found = lm_eval.evaluator.evaluate(harness, loaded, **quiet)
+                with finite_logits(model, f"answers to {task}"):
+                    found = lm_eval.evaluator.evaluate(harness, loaded, **quiet)
             rows.append(score_row(task, found))
     return pd.DataFrame(rows)
