@@ -60,8 +60,9 @@ def stop_ids(
 @contextlib.contextmanager
 def greedy_settings(model: PreTrainedModel, stop: list[int], max_new_tokens: int) -> Iterator[None]:
     "Plain greedy decoding instead of the model's own generation settings, which return afterwards."
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    own = [(m, m.generation_config) for m in (base, model)]
+    base.generation_config = model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=stop or None,
@@ -70,7 +71,8 @@ def greedy_settings(model: PreTrainedModel, stop: list[int], max_new_tokens: int
     try:
         yield
     finally:
-        model.generation_config = own
+        for m, settings in own:
+            m.generation_config = settings
 
 
 # %% ../../nbs/engine/generation.ipynb #80977c34

@@ -45,6 +45,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from .batches import decoder, evaluation_mode
+from .experts import broken_experts
 from .models import first_line
 from .run import SsahError
 from torch import nn
@@ -311,7 +312,7 @@ def ends_of_each_kind(model: nn.Module, modules: list) -> list:  # modules: `Dep
     return [m for alike in kinds.values() for m in dict.fromkeys((alike[0], alike[-1]))]
 
 
-def can_run(model: nn.Module, modules: list) -> bool:  # modules: all its `DepthTwo`s
+def can_run(model: nn.Module, modules: list) -> bool:  # modules: its `DepthTwo`s
     "Whether the model holds weights that can be multiplied; an offloaded one has them elsewhere."
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         return False
@@ -321,7 +322,7 @@ def can_run(model: nn.Module, modules: list) -> bool:  # modules: all its `Depth
 
 
 @torch.no_grad()
-def try_model(model: nn.Module, modules: list) -> bool:  # modules: all its `DepthTwo`s
+def try_model(model: nn.Module, modules: list, experts: list) -> bool:  # all its `DepthTwo`s
     "Whether the trial could be made. Raises `SsahError` when one of the sentences is not true."
     calls, states = recorded(model, modules)
     if not states.isfinite().all():
@@ -336,6 +337,9 @@ def try_model(model: nn.Module, modules: list) -> bool:  # modules: all its `Dep
             prove_rows(model, module, calls[module.b])
             prove_columns(model, module, calls[module.b])
     prove_no_other_way(model, modules)
+    names = [module.b for module in experts]
+    if broken := broken_experts(model, names, states, lambda: trial_states(model)):
+        raise refusal(model, experts[0], broken)
     return True
 
 
@@ -345,9 +349,9 @@ def prove(
 ):
     "Raise `SsahError` when a model's units are no units. A model is tried once."
     found = [module for layers in modules.values() for module in layers]
-    if PROVEN.get(model) == found or not can_run(model, found):
-        return
-    if try_model(model, found):
+    experts = [module for module in found if getattr(module, "experts", 0)]
+    plain = [module for module in found if module not in experts]
+    if PROVEN.get(model) != found and can_run(model, plain) and try_model(model, plain, experts):
         PROVEN[model] = found
 
 
