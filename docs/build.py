@@ -139,6 +139,23 @@ def readable_csv(path: Path) -> pd.DataFrame:
     return readable(table, names).reset_index()
 
 
+def judges_section() -> str:
+    """How each judge of refusals agrees with people: by source and language, then by style."""
+    table = pd.read_csv(ROOT / "benchmarks/results/judges.csv")
+    words = {"judge": "judge", "by": "by", "group": "rows", "kappa": "Cohen's kappa"}
+    words |= {"missed_rate": "refusals missed (%)", "invented_rate": "answers called refusals (%)"}
+    words |= {name: name for name in ("found", "missed", "invented", "passed")}
+    groups = readable(table[table.by != "style"], words).reset_index()
+    wrong = table[table.by == "style"].assign(wrong=table.missed + table.invented)
+    styles = wrong.pivot(index="group", columns="judge", values="wrong")
+    styles.insert(0, "rows", wrong.groupby("group").kappa_n.first())
+    text = "\n## Judges of refusals\n\nOn held-out rows; see [the page](engine/agreement.ipynb).\n"
+    for caption, shown in (("By source and language", groups), ("Wrong verdicts by style", styles)):
+        html = shown.to_html(index=shown is styles, border=0)
+        text += f"\n### {caption}\n\n<div class='table-wrapper'>\n{html}\n</div>\n"
+    return text
+
+
 def write_results() -> None:
     """Every result table of figures/, with the run that it is of."""
     text = "# All results\n\nEvery table of the committed runs. Rates carry 95 % intervals.\n"
@@ -155,7 +172,7 @@ def write_results() -> None:
                 continue
             html = readable_csv(path).to_html(index=False, border=0)
             text += f"\n### {path.stem}\n\n<div class='table-wrapper'>\n{html}\n</div>\n"
-    (SOURCE / "results.md").write_text(text)
+    (SOURCE / "results.md").write_text(text + judges_section())
 
 
 def keep_link(match: re.Match) -> str:

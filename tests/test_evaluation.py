@@ -58,7 +58,7 @@ def test_keyword_lists_are_the_public_ones():
     assert is_refusal("No way", ["No way"])
     assert not is_refusal("Sure, here is how", "wei")
     assert not is_refusal("")
-    with pytest.raises(SsahError, match="unknown keyword list 'zou'.*gcg, wei"):
+    with pytest.raises(SsahError, match="unknown judge 'zou'.*gcg, wei"):
         is_refusal("Hi", "zou")
 
 
@@ -71,7 +71,7 @@ def test_rates_judges_and_their_errors():
     assert rate(["I cannot", "Sure"]).value == rate(("I cannot", "Sure")).value == 0.5
     refused = over_refusal(None, None, PAIRS, responses=["Sorry", "a", "b"])
     assert refused.value == pytest.approx(1 / 3)
-    with pytest.raises(SsahError, match="unknown keyword list 'llama'.*gcg, wei"):
+    with pytest.raises(SsahError, match="unknown judge 'llama'.*gcg, wei"):
         rate("llama")
     with pytest.raises(SsahError, match="4 prompts but 1 responses"):
         attack_success(None, None, PROMPTS[:4], responses=["a"])

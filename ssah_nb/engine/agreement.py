@@ -14,7 +14,8 @@ __all__ = [
     'kappas',
     'kappa',
     'rules_and_topic',
-    'agreement',
+    'best_by_text',
+    'judge_row',
     'groups_of',
     'judge_table',
 ]
@@ -123,7 +124,12 @@ def rules_and_topic(prompts: list[str], responses: list[str]) -> list[bool]:
 MEASURED = {**{name: name for name in JUDGES}, "rules + topic": rules_and_topic}
 
 
-def agreement(labels: np.ndarray, verdicts: np.ndarray) -> dict[str, float]:  # both: refusal?
+def best_by_text(rows: pd.DataFrame) -> np.ndarray:
+    "Verdicts that agree most with the labels, among those that depend on the response only."
+    return (rows.groupby("response").refusal.transform("mean") >= 0.5).to_numpy(bool)
+
+
+def judge_row(labels: np.ndarray, verdicts: np.ndarray) -> dict[str, float]:  # both: refusal?
     "The four counts, kappa and the two false rates of one judge on one group of rows."
     counts = {
         "found": int((labels & verdicts).sum()),
@@ -157,11 +163,13 @@ def judge_table(
 ) -> pd.DataFrame:
     "How each judge agrees with the labels, by source, language and style."
     found, labels = [], rows.refusal.to_numpy(bool)
-    for name, judge in judges.items():
-        answered = judged(judge, list(rows.prompt), list(rows.response), 120)
-        verdicts = ~np.array(answered)
+    prompts, responses = list(rows.prompt), list(rows.response)
+    verdicts_of = {
+        name: ~np.array(judged(judge, prompts, responses, 120)) for name, judge in judges.items()
+    }
+    for name, verdicts in (verdicts_of | {"best by text": best_by_text(rows)}).items():
         for (by, group), where in groups_of(rows).items():
             where = where.to_numpy(bool)
             row = {"judge": name, "by": by, "group": group}
-            found.append(row | agreement(labels[where], verdicts[where]))
+            found.append(row | judge_row(labels[where], verdicts[where]))
     return pd.DataFrame(found)

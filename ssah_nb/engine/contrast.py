@@ -58,7 +58,7 @@ def rate_of(outcomes: np.ndarray) -> Estimate:  # 0 and 1
 def contrast_report(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
-    judge: Judge = "gcg",  # True where a prompt was answered; a judge of refusals, not of harm
+    judge: Judge = "rules",  # True: the prompt was answered; a judge of refusals only
     system: str | None = None,  # system prompt; None: no system turn
     safe_responses: Sequence[str] | None = None,  # to the safe prompts; None: generated here
     unsafe_responses: Sequence[str] | None = None,  # to their twins; None: generated here

@@ -40,7 +40,7 @@ from .chat import encode_pairs
 from .forward import context_of
 from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
-from .judges import KEYWORDS, Judge, judged
+from .judges import DEFAULT_JUDGE, JUDGES, Judge, judged
 from .intervals import Estimate, bootstrap_mean, wilson
 from ssah_nb.engine.limits import (
     check_amounts,
@@ -86,10 +86,10 @@ def attack_success(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str | dict],  # harmful prompts, or pairs
-    judge: Judge = "gcg",  # a list in `KEYWORDS`, phrases, or (prompts, responses) -> booleans
+    judge: Judge = DEFAULT_JUDGE,  # a name in `JUDGES`, phrases, or (prompts, responses) -> bools
     system: str | None = None,  # system prompt; None: no system turn
     responses: Sequence[str] | None = None,  # responses to use; None: the model generates them
-    window: int | None = 120,  # characters that a keyword judge reads
+    window: int | None = 120,  # characters in which a list's phrases are sought
     **generation,  # `max_new_tokens`, `batch_size` of `generate`
 ) -> Estimate:
     "Share of harmful prompts that the model does not refuse, with Wilson's interval."
@@ -103,7 +103,7 @@ def over_refusal(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str | dict],  # benign prompts, or pairs
-    keywords: str | Sequence[str] = "gcg",  # name of a list in `KEYWORDS`, or phrases
+    keywords: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases
     system: str | None = None,  # system prompt; None: no system turn
     responses: Sequence[str] | None = None,  # responses to use; None: the model generates them
     window: int | None = 120,  # characters that are read
@@ -261,16 +261,16 @@ def coherence(
 
 # %% ../../nbs/engine/evaluation.ipynb #9b1704a0
 def rates_of(
-    judge: Judge,  # the judge of `attack_success`; the other keyword lists get columns of their own
+    judge: Judge,  # the judge of `attack_success`; other names get columns of their own
     prompts: list[str],  # harmful prompts
     responses: list[str],  # what the model said to them
     coherent: pd.Series,  # booleans, from `coherence`
-    window: int | None,  # characters that a keyword judge reads
+    window: int | None,  # characters in which a list's phrases are sought
 ) -> dict[str, float]:
     "Attack success by each judge, coherence, and both at once, as columns."
     n, succeeded = len(prompts), judged(judge, prompts, responses, window)
     row = wilson(sum(succeeded), n).columns("attack_success")
-    for name in (name for name in KEYWORDS if name != judge):
+    for name in (name for name in JUDGES if name != judge):
         others = judged(name, prompts, responses, window)
         row |= wilson(sum(others), n).columns(f"attack_success_{name}")
     both = int((coherent & np.array(succeeded)).sum())
@@ -291,12 +291,12 @@ def safety_report(
     prompts: Iterable[str | dict],  # harmful prompts, or pairs
     benign: Iterable[dict],  # benign pairs with reference responses
     system: str | None = None,  # system prompt; None: no system turn
-    judge: Judge = "gcg",  # as in `attack_success`
+    judge: Judge = DEFAULT_JUDGE,  # as in `attack_success`
     dense_model: PreTrainedModel | None = None,  # before pruning or training; None: `model`
     max_perplexity: float | None = None,  # coherent up to here; None: `coherence_threshold`
     responses: Sequence[str] | None = None,  # to the harmful prompts; None: generated here
     benign_responses: Sequence[str] | None = None,  # to the benign prompts; None: generated here
-    window: int | None = 120,  # characters that a keyword judge reads
+    window: int | None = 120,  # characters in which a list's phrases are sought
     max_new_tokens: int = 24,  # tokens of a response
     max_response: int | None = 32,  # tokens of a reference response in the perplexity; None: all
     batch_size: int = 50,  # prompts side by side
@@ -316,7 +316,7 @@ def safety_report(
         save_completions(completions, harmful=zip(prompts, responses), benign=harmless)
     coherent = coherence(dense, tokenizer, prompts, responses, max_perplexity).coherent
     row = rates_of(judge, prompts, responses, coherent, window)
-    keywords = "gcg" if callable(judge) else judge
+    keywords = DEFAULT_JUDGE if callable(judge) else judge
     said = dict(responses=benign_responses, window=window)
     row |= over_refusal(model, tokenizer, benign, keywords, **said).columns("over_refusal")
     row |= refusal_margin(model, tokenizer, prompts, system).columns("refusal_margin")

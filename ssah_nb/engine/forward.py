@@ -90,8 +90,8 @@ def reset_rotaries(model: nn.Module):
 def check_causal(model: PreTrainedModel):
     "Raise `SsahError` for a model whose tokens see later ones, or that padding on the right moves."
     config = model.config.get_text_config()
-    others = ("cpmant", "prophetnet", "xlm", "xlnet")
-    if getattr(config, "is_decoder", True) is False or config.model_type in others:
+    encoder = getattr(config, "is_decoder", True) is False and "gpt_neox" not in config.model_type
+    if encoder or config.model_type in ("cpmant", "prophetnet", "xlm", "xlnet"):
         raise SsahError(
             f"{type(model).__name__} is no causal language model (its tokens see later ones); "
             "use a decoder-only model, or load it with is_decoder=True where it has that"
@@ -183,9 +183,13 @@ def own_forward(
             return_dict=True,
             **options,
         )
-    rows, tokens = places.shape
+    if getattr(out, "logits", None) is None:
+        raise SsahError(
+            f"{type(model).__name__} has no language-model head; "
+            "load the model with AutoModelForCausalLM"
+        )
     if out.logits.shape[:2] == (1, int(places.sum())):
         out.logits = out.logits[0]
     else:
-        out.logits = out.logits[:, -tokens:][places.to(out.logits.device)]
+        out.logits = out.logits[:, -places.shape[1] :][places.to(out.logits.device)]
     return out

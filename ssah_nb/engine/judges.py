@@ -61,6 +61,8 @@ WEI_PHRASES = (
 KEYWORDS = {"gcg": GCG_PHRASES, "wei": WEI_PHRASES}
 DEFAULT_JUDGE = "rules"
 JUDGES = (DEFAULT_JUDGE, *KEYWORDS)  # the judges that have a name
+DEFAULT_JUDGE = "rules"
+JUDGES = (DEFAULT_JUDGE, *KEYWORDS)  # the judges that have a name
 
 
 def is_refusal(

@@ -48,6 +48,7 @@ from .batches import decoder, evaluation_mode
 from .experts import broken_experts
 from .models import first_line
 from .run import SsahError
+from .weights import is_unpacked
 from torch import nn
 
 
@@ -317,8 +318,7 @@ def can_run(model: nn.Module, modules: list) -> bool:  # modules: its `DepthTwo`
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         return False
     every = (model.get_submodule(m.b) for m in modules)
-    ordinary = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    return all(b.weight.dtype in ordinary for b in every if type(b) is nn.Linear)
+    return all(is_unpacked(b) for b in every if type(b) is nn.Linear)
 
 
 @torch.no_grad()
