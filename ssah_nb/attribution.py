@@ -28,7 +28,7 @@ from .engine.data import load_splits
 from .engine.forward import context_of
 from .engine.inputs import are_named_sets, as_pairs
 from .engine.judges import is_refusal
-from .engine.limits import check_counts, check_limits
+from .engine.limits import check_counts
 from .engine.generation import generate
 from .engine.models import load_stage
 from .engine.routed import never_reached, reached_zscore
@@ -145,9 +145,7 @@ def importance(
             for name, some in pairs.items()
         }
     pairs = as_pairs(pairs, at_least=0)
-    check_request(pairs, tokens, method, max_response)
-    check_counts(max_tokens=max_tokens)
-    check_limits(max_response=max_response)
+    check_request(pairs, tokens, method, max_response, max_tokens)
     encoded = encode_pairs(tokenizer, pairs, system, max_response, context_of(model))
     batches = list(token_batches(encoded, max_tokens, model))
     info = facts(model, max_response) | {"chat template": chat_record(tokenizer)}

@@ -14,6 +14,7 @@ __all__ = [
     'chosen_channels',
     'pruned',
     'search_row',
+    'search_order',
     'choose_ratio',
     'search_scu',
     'load_units',
@@ -38,16 +39,8 @@ from .engine.parts import plain_linear
 from .engine.proof import check_cut, trial_states
 from .engine.routed import level, never_reached
 from .engine.run import Run, SsahError
-from ssah_nb.units import (
-    CLASSES,
-    Scores,
-    UnitMap,
-    UnitMask,
-    check_mask,
-    check_same_model,
-    depth_two,
-    split_units,
-)
+from .units import CLASSES, Scores, UnitMap, UnitMask
+from .units import check_mask, check_same_model, depth_two, split_units
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .engine.scores import check_same_scoring
 
@@ -197,6 +190,18 @@ def search_row(ratio: float, mask: UnitMask, measure: Callable) -> dict:
     return row | {"perplexity": float(perplexity), "steady": True, "lowers_safety": False}
 
 
+def search_order(ratios: Iterable[float], measure: Callable) -> list[float]:
+    "The shares from high to low. Raises `SsahError` for what cannot be searched."
+    ratios = as_rows(ratios, "ratios")
+    for ratio in ratios:
+        check_shares(scu=ratio)
+    if not ratios:
+        raise SsahError("no ratios to search; give at least one, e.g. [0.02, 0.01]")
+    if not callable(measure):
+        raise SsahError("`measure` is no function; give one that takes a mask and measures it")
+    return sorted(ratios, reverse=True)
+
+
 def choose_ratio(table: pd.DataFrame) -> float:  # of `search_row`, the dense model first
     "The largest share that lowers safety at steady utility, or what comes closest."
     tried = table[table.scu > 0]
@@ -215,15 +220,8 @@ def search_scu(
     **classify_options,  # ucu, ru, ratio_of, square_attention
 ) -> tuple[float, pd.DataFrame]:
     "The chosen ratio, and what was measured: one row a ratio, the dense model first."
-    ratios = as_rows(ratios, "ratios")
-    for ratio in ratios:
-        check_shares(scu=ratio)
+    ratios = search_order(ratios, measure)
     check_amounts(max_perplexity_ratio=max_perplexity_ratio)
-    if not callable(measure):
-        raise SsahError("`measure` is no function; give one that takes a mask and measures it")
-    ratios = sorted(ratios, reverse=True)
-    if not ratios:
-        raise SsahError("no ratios to search; give at least one, e.g. [0.02, 0.01]")
     nothing = top_units(safety.standardized(), 0, safety.info)
     rows = [dense := search_row(0.0, nothing, measure)]
     for ratio in ratios:

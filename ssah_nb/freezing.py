@@ -179,6 +179,7 @@ def frozen_units(
     seed: int = 0,  # of the random sets
 ) -> UnitMask:
     "The units that a way freezes; maybe none. Raises `SsahError` for an unknown way."
+    check_seed(seed)
     if way not in WAYS:
         raise SsahError(f"unknown way {way!r}; use one of {', '.join(WAYS)}")
     ours = units.scu | units.cu
@@ -196,7 +197,8 @@ def frozen_units(
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-062
 def learning(way: str, lr: float, lora_lr: float) -> dict:
-    "What a way changes about training."
+    "What a way changes about training. Raises `SsahError` for a rate that is no finite number."
+    check_amounts(lr=lr, lora_lr=lora_lr)
     factor = lora_lr if "lora" in way else 0.1 if way == "low_lr" else 1.0
     return {"lr": factor * lr, "ema": 0.95 if way == "ema" else 0.0}
 
@@ -239,11 +241,9 @@ def finetune_protected(
     **training,  # max_epochs of `finetune_until`; batch_size and max_response of `finetune`
 ) -> tuple[PreTrainedModel, dict]:
     "Fine-tune in one way: an ordinary model, and what was done. Raises `SsahError`."
-    check_amounts(lr=lr, lora_lr=lora_lr, **({} if target is None else {"target": target}))
-    check_seed(seed)
+    training |= learning(way, lr, lora_lr) | {"target": target, "seed": seed}
     pairs, mask = as_pairs(pairs), frozen_units(way, units, safety, utility, top_cu, seed)
     start = safe_lora_start(way, model, unaligned, unit_linears(model))
-    training |= learning(way, lr, lora_lr) | {"target": target, "seed": seed}
     model, done = train_way(way, model, tokenizer, pairs, mask, lora, training)
     done |= project_safe_lora(model, start, tokenizer, pairs, training)
     return model, {"frozen": len(mask)} | shares_of(units, mask) | done

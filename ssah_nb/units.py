@@ -29,7 +29,6 @@ __all__ = [
     'top_cu',
     'unit_table',
     'save_unit_map',
-    'check_unit_map',
     'load_unit_map',
     'check_mask',
 ]
@@ -46,7 +45,7 @@ from .engine.experts import block_experts, check_equal_experts, expert_units
 from .engine.experts import is_fused, sizes
 from .engine.proof import architecture, prove
 from .engine.run import SsahError
-from .engine.tensors import check_tensors, load_tensors, save_tensors
+from .engine.tensors import check_codes, load_tensors, save_tensors
 from torch import nn
 
 
@@ -421,22 +420,11 @@ def save_unit_map(units: UnitMap, folder: str | Path):  # folder: made when it i
     save_tensors(folder, "units", tensors | scores, units.info)
 
 
-def check_unit_map(tensors: dict, info: dict, where: str):  # what was read, and from where
-    "Raise `SsahError` for tensors or facts that make no unit map."
-    kinds = ("mlp", "attention")
-    check_tensors(tensors, dict.fromkeys(kinds), where, integer=kinds)
-    check_tensors(tensors, {f"order.{kind}": tensors[kind].shape for kind in kinds}, where)
-    if any((tensors[kind] >= len(CLASSES)).any() for kind in kinds):
-        raise SsahError(f"{where} has a code that is no class; write it again")
-    if missing := ", ".join(sorted({"parameters", "total"} - info.keys())):
-        raise SsahError(f"{where} lacks {missing} among its facts; write it again")
-
-
 def load_unit_map(folder: str | Path) -> UnitMap:  # what `save_unit_map` wrote
     "Read a unit map. Raises `SsahError` when there is none, or a file was cut or changed."
     missing = f"no unit map in {folder}; write one with units.save_pretrained(folder)"
-    tensors, info = load_tensors(folder, "units", missing)
-    check_unit_map(tensors, info, f"the unit map in {folder}")
+    tensors, info = load_tensors(folder, "units", missing, ("parameters", "total"))
+    check_codes(tensors, ("mlp", "attention"), len(CLASSES), f"the unit map in {folder}")
     order = Scores(tensors["order.mlp"], tensors["order.attention"])
     return UnitMap(tensors["mlp"], tensors["attention"], order, info)
 

@@ -17,6 +17,9 @@ import math
 import torch
 from collections.abc import Iterable, Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .inputs import as_pairs
+from .limits import check_amounts, check_shares
+from .run import SsahError
 from .training import finetune, training_perplexity
 from torch import nn
 
@@ -92,7 +95,9 @@ def finetune_until(
     **training,  # batch_size and max_response of `finetune`
 ) -> dict:
     "{epochs, training_perplexity, reached, optimizer_mb, seconds}: passes, what they reached."
-    pairs, seconds, now = list(pairs), 0.0, math.inf
+    check_amounts(max_epochs=max_epochs, target=1 if target is None else target)
+    check_shares(ema=ema)
+    pairs, seconds, now = as_pairs(pairs), 0.0, math.inf
     trained = [p for p in model.parameters() if p.requires_grad]
     parts, n = parts_of_training(pairs, max_epochs)
     for i, part in enumerate(parts):
@@ -121,7 +126,9 @@ def mcnemar(
     a: Sequence[bool],  # one outcome a prompt
     b: Sequence[bool],  # outcomes of the same prompts
 ) -> tuple[int, int, float]:
-    "How many are true in `a` alone, and in `b` alone; the exact two-sided p."
+    "How many are true in `a` alone, and in `b` alone; the exact two-sided p. Raises `SsahError`."
+    if len(a) != len(b):
+        raise SsahError(f"{len(a)} and {len(b)} outcomes do not pair up; give one a prompt to each")
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     n, least = only_a + only_b, min(only_a, only_b)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .batches import TokenBatch
 from .experts import expert_columns, expert_rows, sizes
+from .limits import check_counts, check_limits
 from .moments import Moments, load_statistics, save_statistics
 from .moments import sums_of_columns, sums_of_rows
 from .routed import reach
@@ -226,12 +227,20 @@ def score_batches(
 
 
 # %% ../../nbs/engine/scores.ipynb #scores-017
-def check_request(pairs: list[dict], tokens: str, method: str, max_response: int | None):
-    "Raise `SsahError` for unknown words or too few pairs."
+def check_request(
+    pairs: list[dict],  # the calibration set
+    tokens: str,  # "response" or "all"
+    method: str,  # one of METHODS
+    max_response: int | None,  # tokens kept of a response
+    max_tokens: int,  # tokens of a batch
+):
+    "Raise `SsahError` for unknown words, a number out of range, or too few pairs."
     if isinstance(max_response, dict):
         raise SsahError(
             "max_response has a number for each of several sets; pass `pairs` by name, too"
         )
+    check_limits(max_response=max_response)
+    check_counts(max_tokens=max_tokens)
     if method not in METHODS:
         raise SsahError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     if tokens not in ("response", "all"):
