@@ -192,7 +192,7 @@ SPOILT = {  # what is read -> (name of the files, {what is done to them: words o
             "json of a list": "units.json .*a list instead of named facts",
             "cut tensors": "cannot read .*units.safetensors",
             "no tensors": "cannot read .*units.safetensors",
-            "facts": "lacks parameters, total",
+            "facts": "it lacks parameters, total",
             "missing": "no unit map in",
         },
     ),

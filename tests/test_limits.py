@@ -14,6 +14,7 @@ from ssah_nb.budget import redundant_units
 from ssah_nb.engine.evaluation import coherence_threshold
 from ssah_nb.engine.inputs import as_verdicts
 from ssah_nb.engine.intervals import bootstrap_mean, wilson
+from ssah_nb.engine.matched import finetune_until, mcnemar
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.training import training_perplexity
 
@@ -93,7 +94,11 @@ CALLS = {  # function -> (call, what it must refuse)
     ),
     "finetune_protected": (
         lambda **o: ssah_nb.finetune_protected("full", None, None, PAIRS, None, None, None, **o),
-        {"lr": AMOUNT, "lora_lr": AMOUNT, "target": (0, -1, NAN, "2"), "seed": SEED},
+        {"lr": AMOUNT, "lora_lr": AMOUNT, "seed": SEED},
+    ),
+    "finetune_until": (
+        on(finetune_until, PAIRS),
+        {"max_epochs": AMOUNT, "target": (0, -1, NAN, "2"), "ema": SHARE},
     ),
     "preferences": (lambda **o: ssah_nb.preferences([], [], PAIRS, **o), {"seed": SEED}),
     "alignment_pairs": (lambda **o: ssah_nb.alignment_pairs([], PAIRS, **o), {"seed": SEED}),
@@ -207,6 +212,11 @@ def test_responses_are_texts_one_for_each_prompt():
     for given in (["I cannot", ""], pd.Series(["I cannot", ""]), iter(["I cannot", ""])):
         rate = ssah_nb.over_refusal(None, None, ["Hi", "Ho"], responses=given)
         assert rate == wilson(1, 2)
+
+
+def test_outcomes_pair_up():
+    with pytest.raises(SsahError, match="3 and 2 outcomes do not pair up"):
+        mcnemar([True] * 3, [False] * 2)
 
 
 def test_rates_and_means_need_outcomes_that_are_numbers():

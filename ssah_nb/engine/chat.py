@@ -84,18 +84,17 @@ def encode_prompts(
 
 # %% ../../nbs/engine/chat.ipynb #chat-010
 def check_words(chat: Chat, row: int, response: str, written: str):
-    "Raise `SsahError` where the template does not end with the response's words."
-    if written.endswith(response.strip()):
-        return
-    if CLOSE in response:
+    "Raise `SsahError` for a thought, or where the text does not end with the response's words."
+    if CLOSE in response and CLOSE in chat.own:
         raise SsahError(
             f"pair {row} has a thought in its response; keep what follows {CLOSE}, since an answer "
             "is read after an empty thought"
         )
-    raise SsahError(
-        f"the chat template changes the words of pair {row}'s response; "
-        "take out marks of the template, or set another tokenizer.chat_template"
-    )
+    if not written.endswith(response.strip()):
+        raise SsahError(
+            f"the chat template changes the words of pair {row}'s response; "
+            "take out marks of the template, or set another tokenizer.chat_template"
+        )
 
 
 def answer_texts(
