@@ -17,11 +17,12 @@ from transformers.models.auto.modeling_auto import (
 
 LARGEST = 3_000_000  # parameters
 SIZES = {  # pattern of an entry's name -> its value in a tiny model; the first that fits counts
-    r"(\w+_)?vocab_size(_per_layer_input)?|unpadded_vocab_size|max_token_id": 258,
+    r"(\w+_)?vocab_size(_per_layer_input)?|unpadded_vocab_size|\w+_byte_group_vocab": 258,
     r"hidden_size_per_layer_input|num_index_heads": 4,
     r"intermediate_size(_mlp)?|ffn_dim|n_inner|\w*ffn_(hidden_)?(dim|size)|feed_forward_size": 32,
     r"\w+_intermediate_size|intermediate_size_\w+|expert_ffn_hidden_size": 16,
-    r"(text_|word_|cross_attention_)?hidden_size|d_model|n_embd|dim|embed_dim|embedding_size": 32,
+    r"(text_|word_|cross_attention_)?hidden_size|hidden_size_global|d_model|n_embd": 32,
+    r"dim|embed_dim|embedding_size": 32,
     r"word_embed_proj_dim|emb_dim|lru_width|output_proj_dims|width|dim_model_base": 32,
     r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|depth|num_blocks": 2,
     r"num_(en|de)coder_layers": 2,
@@ -29,8 +30,9 @@ SIZES = {  # pattern of an entry's name -> its value in a tiny model; the first 
     r"num_(en|de)coder_attention_heads|swa_num_attention_heads|linear_num_(value_)?heads": 4,
     r"(swa_|num_global_)?num_key_value_heads|num_kv_heads|kv_n_heads|n_head_kv": 2,
     r"(swa_|global_|linear_(key_|value_)?|v_|qk_nope_|index_)?head_dim|attention_head_size|d_kv": 8,
-    r"qk_rope_head_dim|hc_lowrank|d_rel|num_patches": 4,
-    r"qk_head_dim": 12,
+    r"qk_rope_head_dim": 8,
+    r"qk_head_dim": 16,
+    r"hc_lowrank|d_rel|rotary_dim": 4,
     r"(kv_|q_|o_)?lora_rank|adapter_rank": 8,
     r"linear_num_key_heads|index_n_heads|o_groups": 2,
     r"(n_routed_|num_(local_)?|moe_num_)experts": 4,
@@ -43,12 +45,43 @@ SIZES = {  # pattern of an entry's name -> its value in a tiny model; the first 
     r"mamba_d_ssm": 64,
     r"mamba_d_state|ssm_state_size|state_size|mamba_dt_rank|time_step_rank": 8,
     r"sliding_window(_size)?|attention_window_size|keep_window_size|window_size": 64,
-    r"pad_token_id|eos_token_id": 256,
+    r"(pad|bos|eos|decoder_start)_token_id": 256,
     r"image_size": 28,
     r"patch_size": 14,
     r"initializer_range|init_std": 0.2,
 }
-OWN: dict[str, dict] = {}  # architecture -> entries that its tiny model needs
+LATENT = (  # keys and values of all heads come from one latent vector
+    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa "
+    "longcat_flash minicpm3 youtu"
+).split()
+OWN: dict[str, dict] = {  # architecture -> entries that its tiny model needs
+    **{name: {"num_key_value_heads": 4} for name in LATENT},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10_000.0}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"head_dim": 16},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": (16, 32),
+        "axial_pos_embds_dim": (16, 16),
+    },
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
 VARIANTS = {  # an architecture with a switch that changes what its heads are
     "cohere, use_qk_norm": ("cohere", {"use_qk_norm": True}),
     "deepseek_v2, no q_lora_rank": ("deepseek_v2", {"q_lora_rank": None}),
@@ -77,7 +110,7 @@ def small(config_class: type, changes: dict) -> PreTrainedConfig:
         if isinstance(getattr(default, name, None), PreTrainedConfig):
             part = type(getattr(default, name))
             sizes[name] = small(part, changes.get(name, {}))
-    own = {name: value for name, value in changes.items() if not isinstance(value, dict)}
+    own = {name: v for name, v in changes.items() if name not in config_class.sub_configs}
     return config_class(**(sizes | own))
 
 
@@ -94,6 +127,8 @@ def build(kind: str, changes: dict) -> nn.Module:
     """The tiny model, no weight of it zero. Raises `ValueError` when it is not tiny."""
     config = small(CONFIG_MAPPING[kind], changes)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class.config_class in config.sub_configs.values():
+        config = config.get_text_config(decoder=True)
     with torch.device("meta"):
         count = sum(p.numel() for p in model_class(config).parameters())
     if count > LARGEST:

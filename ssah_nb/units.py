@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'NAMES',
     'CLASSES',
     'DepthTwo',
     'mlp_units',
     'attention_units',
-    'lacking',
-    'check_equal_layers',
     'depth_two',
     'unit_parameters',
     'unit_linears',
@@ -40,8 +37,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from .engine.batches import UNIT_NEEDS, decoder
+from .engine.blocks import check_equal_layers, lacking
 from .engine.columns import draw_like
-from .engine.experts import block_experts, check_equal_experts, expert_units
+from .engine.experts import expert_units
 from .engine.experts import is_fused, sizes
 from .engine.proof import architecture, prove
 from .engine.run import SsahError
@@ -96,50 +94,6 @@ def attention_units(
     return DepthTwo("attention", f"{at}.o_proj", (q,), tuple(shared), units, width, group)
 
 
-# %% ../nbs/01_units.ipynb #01-units-depth-two
-NAMES = {  # of the modules of a block: what reads, one of several ways, and what writes
-    "mlp": ((("gate_proj", "up_proj"), ("gate_up_proj",)), "down_proj"),
-    "self_attn": ((("q_proj", "k_proj", "v_proj"), ("qkv_proj",)), "o_proj"),
-}
-
-
-def lacking(layer: nn.Module) -> str:  # a block
-    "Which linears with known names its modules lack; empty when they have all."
-    for name, (reads, writes) in NAMES.items():
-        if name == "mlp" and block_experts(layer):
-            continue
-        module = getattr(layer, name, None)
-        if module is None:
-            return f"there is no {name}"
-        missing = [
-            [n for n in (*way, writes) if not hasattr(getattr(module, n, None), "in_features")]
-            for way in reads
-        ]
-        if all(missing):
-            return f"{name} ({type(module).__name__}) has no linear {', '.join(missing[0])}"
-    return ""
-
-
-# %% ../nbs/01_units.ipynb #01-units-equal-layers
-def check_equal_layers(model: nn.Module, found: dict[str, list[DepthTwo]]):
-    "Raise `SsahError` when the layers differ in their units."
-    check_equal_experts((m.experts for m in found["mlp"]), architecture(model))
-    for modules in found.values():
-        if len({m.units for m in modules}) > 1:
-            raise SsahError(
-                f"the layers of this {architecture(model)} differ in their number of units; "
-                "a pruned model has no unit map, use the whole one"
-            )
-        if len(shapes := {(m.width, m.group) for m in modules}) > 1:
-            widths = " and ".join(
-                f"{width} channels, {group} to a group" for width, group in sorted(shapes)
-            )
-            raise SsahError(
-                f"{architecture(model)} is not supported: its layers have heads of {widths}; "
-                "a unit is the same number of channels in every layer"
-            )
-
-
 # %% ../nbs/01_units.ipynb #01-units-depth-two-2
 def depth_two(
     model: nn.Module,  # a causal language model of a supported architecture
@@ -157,7 +111,7 @@ def depth_two(
         mlp = DepthTwo("mlp", **experts) if experts else mlp_units(layer.mlp, f"{at}.mlp")
         found["mlp"].append(mlp)
         found["attention"].append(attention_units(layer.self_attn, f"{at}.self_attn", heads))
-    check_equal_layers(model, found)
+    check_equal_layers(architecture(model), found)
     prove(model, found)
     return found
 

@@ -12,6 +12,7 @@ from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.models import ARCHITECTURES, tiny_model
 from ssah_nb.engine.run import SsahError
 from ssah_nb.engine.scores import METHODS
+from ssah_nb.units import depth_two
 
 
 @functools.cache
@@ -129,6 +130,7 @@ def test_half_precision_adds_no_error_to_the_statistics(method, dtype):
     So the 2 % above are the model's, not the accumulators'.
     """
     model, seen = tiny_model().to(dtype), []
+    depth_two(model)  # the trial of the units is over before we watch
     down = model.model.layers[1].mlp.down_proj
     handle = down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
     got = importance(model, TOKENIZER, PAIRS, method=method, max_tokens=200)
@@ -232,12 +234,12 @@ def quantized():
             dict(
                 pairs=PAIRS, model=broken("model.layers.1.mlp.down_proj.weight"), method="magnitude"
             ),
-            "importance of mlp units is NaN",
+            "importance of mlp units in layer 1 is NaN",
         ),
         (dict(pairs=PAIRS, model=broken("lm_head.weight"), method="gradient"), "NaN or infinite"),
         (
             dict(pairs=PAIRS, model=quantized()),
-            "a Linear holds a weight in torch.int8; load the model unquantized",
+            "layers.0.mlp.down_proj is a Linear with a weight in torch.int8.*load the model unquantized",
         ),
     ],
 )

@@ -12,10 +12,12 @@ from ssah_nb.attribution import importance
 from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.moments import Moments
 from ssah_nb.engine.scores import METHODS
+from ssah_nb.units import depth_two
 
 
 def test_the_activations_are_left_alone_and_not_kept():
     model, alive, most = tiny_model(), [], []
+    depth_two(model)  # the trial of the units is over before we watch
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_hook(
             lambda _, inputs, out: (
@@ -60,6 +62,7 @@ def test_the_model_is_unchanged(method):
 @pytest.mark.parametrize("method", ["flap", "gradient"])
 def test_the_model_is_unchanged_after_an_error(method):
     model = tiny_model().train()
+    depth_two(model)  # the trial of the units has passed
     model.model.layers[1].mlp.forward = lambda x: 1 / 0
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ZeroDivisionError):
