@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from helpers_units import TOKENIZER, made_up
 
+from ssah_nb.attribution import importance
+from ssah_nb.classes import classify
+from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.run import SsahError
 from ssah_nb.transfer import lost, transfer
 from ssah_nb.units import CLASSES, Scores, UnitMap
@@ -35,3 +39,66 @@ def test_transfer_from_an_unaligned_model_has_two_classes_before():
 def test_transfer_between_models_is_an_error():
     with pytest.raises(SsahError, match="different models"):
         transfer(unit_map(["CU"], ["CU"]), unit_map(["CU"], ["CU"], model="other"))
+
+
+OPTIONS = {"scu": 0.05, "ucu": 0.1, "ru": 0.2, "ratio_of": "parameters", "square_attention": False}
+
+
+def scored(seed: int, **info):
+    return made_up(seed, **({"max_response": 4} | info))
+
+
+@pytest.mark.parametrize(
+    "name, other",
+    [("scu", 0.2), ("ucu", 0.2), ("ru", 0.1), ("ratio_of", "units"), ("square_attention", True)],
+)
+def test_maps_that_were_classified_in_two_ways_are_refused(name, other, tmp_path):
+    s, u = scored(0), scored(1)
+    before, after = classify(s, u, **OPTIONS), classify(s, u, **OPTIONS | {name: other})
+    assert lost(transfer(before, classify(s, u, **OPTIONS))) == 0  # nothing was trained
+    after.save_pretrained(tmp_path)
+    for units in (after, UnitMap.from_pretrained(tmp_path)):
+        with pytest.raises(SsahError, match=f"differ in {name} .*classify both in one way"):
+            transfer(before, units)
+
+
+@pytest.mark.parametrize(
+    "name, other", [("method", "wanda_sp"), ("tokens", "all"), ("max_response", 48)]
+)
+def test_maps_that_were_scored_in_two_ways_are_refused(name, other):
+    before = classify(scored(0), scored(1))
+    after = classify(scored(0, **{name: other}), scored(1, **{name: other}))
+    with pytest.raises(SsahError, match=f"differ in {name} .*score"):
+        transfer(before, after)
+    window = classify(scored(0, max_response=8), scored(1))
+    with pytest.raises(SsahError, match="safety_max_response .4 and 8."):
+        transfer(before, window)
+
+
+def test_an_unaligned_map_is_compared_by_what_it_has():
+    before = classify(None, scored(2), ru=0.2)
+    assert set(transfer(before, classify(scored(0), scored(1), ru=0.2)).before) == {"UU", "RU"}
+    with pytest.raises(SsahError, match="differ in ru"):
+        transfer(before, classify(scored(0), scored(1), ru=0.1))
+
+
+def test_an_older_map_that_says_less_is_accepted():
+    units = classify(scored(0), scored(1))
+    older = UnitMap(units.mlp, units.attention, units.order, dict(units.info))
+    for name in ("square_attention", "safety_max_response", "max_response"):
+        del older.info[name]
+    assert lost(transfer(older, units)) == 0
+
+
+def test_importance_says_how_much_of_a_response_was_read():
+    pairs = [{"prompt": f"Say {i}", "response": f"{i} it is"} for i in range(3)]
+    model = tiny_model()
+    found = importance(model, TOKENIZER, pairs, max_response=3)
+    assert found.info["max_response"] == 3
+    units = classify(found, importance(model, TOKENIZER, pairs, max_response=2))
+    assert (units.info["safety_max_response"], units.info["max_response"]) == (3, 2)
+
+
+def test_maps_of_two_shapes_are_refused():
+    with pytest.raises(SsahError, match="different models"):
+        transfer(unit_map(["CU"], ["CU"]), unit_map(["CU", "CU"], ["CU"]))
