@@ -6,6 +6,7 @@ from .anchoring import Anchor
 from .attribution import Importance, importance
 from .budget import redundant_units, train_only
 from .classes import classify, load_pruned, prune, pruned, search_scu
+from .engine.agreement import judge_table
 from .engine.alignment import STOCK_REFUSALS, alignment_pairs
 from .engine.contrast import contrast_prompts, contrast_report
 from .engine.data import embedded_splits, load_pairs
@@ -20,7 +21,7 @@ from .engine.evaluation import (
 from .engine.generation import generate
 from .engine.guards import guard_judge
 from .engine.intervals import Estimate
-from .engine.judges import is_refusal
+from .engine.judges import JUDGES, is_refusal
 from .engine.margin import (
     COMPLIANCE_OPENINGS,
     REFUSAL_OPENINGS,

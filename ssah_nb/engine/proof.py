@@ -48,7 +48,6 @@ from .batches import decoder, evaluation_mode
 from .experts import broken_experts
 from .models import first_line
 from .run import SsahError
-from .weights import is_unpacked
 from torch import nn
 
 
@@ -100,7 +99,8 @@ def shaken(model: nn.Module, rows: Rows) -> Iterator[None]:
     with ExitStack() as hooks:
         for name, some in rows.items():
             hook = lambda _, inputs, out, some=some: shake(out, some)
-            handle = model.get_submodule(name).register_forward_hook(hook)
+            linear = model.get_submodule(name)
+            handle = linear.register_forward_hook(hook, prepend=True)  # as if in the weights
             hooks.callback(handle.remove)
         yield
 
@@ -318,7 +318,8 @@ def can_run(model: nn.Module, modules: list) -> bool:  # modules: its `DepthTwo`
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         return False
     every = (model.get_submodule(m.b) for m in modules)
-    return all(is_unpacked(b) for b in every if type(b) is nn.Linear)
+    ordinary = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return all(b.weight.dtype in ordinary for b in every if type(b) is nn.Linear)
 
 
 @torch.no_grad()
