@@ -40,7 +40,7 @@ def prepare(options: argparse.Namespace) -> dict:
     model, tokenizer = load_model(options.model, options.dtype, options.device)
     pairs = load_pairs("toy_benign" if options.model == "tiny" else "alpaca_eval")[: options.pairs]
     encoded = encode_pairs(tokenizer, pairs, max_response=options.max_response)
-    batches = list(token_batches(encoded, options.max_tokens, model.device))
+    batches = list(token_batches(encoded, options.max_tokens, model))
 
     @torch.no_grad()
     def forward():

@@ -37,6 +37,7 @@ OTHERS = {
     "cohere2": dict(logit_scale=0.3),
     "granite": dict(logits_scaling=4.0),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4),
+    "gpt_neox": {},
     "olmo2": {},
     "mixtral": ROUTED,
     "granitemoe": ROUTED | dict(logits_scaling=4.0),
@@ -357,3 +358,9 @@ def test_an_adapted_models_settings_come_back(kind):
     before = model.generation_config, base.generation_config
     assert len(greedy_tokens(model, [[5, 6]], [], 3)[0]) == 3
     assert (model.generation_config, base.generation_config) == before
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(SsahError, match="LlamaModel has no language-model head") as error:
+        response_losses(tiny_model().model, pad_batch(ENCODED, [0]))
+    one_line(error)
