@@ -197,7 +197,7 @@ def test_what_cannot_be_pruned():
         assert "\n" not in str(error.value)
     assert same_bits(merge(frozen).state_dict(), tiny_model().state_dict())
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(SsahError, match="q_proj is a Linear whose weight .* has an adapter"):
+    with pytest.raises(SsahError, match="q_proj is a Linear with an adapter around it"):
         prune(adapted, MASKS["random 0"])
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["down_proj"]))
     before = copy.deepcopy(adapted.state_dict())
