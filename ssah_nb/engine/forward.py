@@ -36,7 +36,9 @@ def virtual_tokens(model: nn.Module) -> int:  # any model
     "How many learned tokens an active adapter puts before the input. Raises `SsahError`."
     if not hasattr(model, "get_base_model"):
         return 0
-    config = model.active_peft_config
+    config = getattr(model, "active_peft_config", None)  # PEFT's mixed models have none
+    if config is None:
+        return 0
     if getattr(config.peft_type, "value", None) in ("MULTITASK_PROMPT_TUNING", "POLY"):
         raise SsahError(
             f"the active adapter ({config.peft_type.value}) needs a task for each row, and pairs "
