@@ -189,6 +189,19 @@ def test_what_is_no_verdict_is_refused():
     assert all(type(verdict) is bool for verdict in as_verdicts(np.array([True, False]), 2))
 
 
+@pytest.mark.parametrize(
+    "judge", ["llama", None, 7, [], ["Sorry", ""], ["Sorry", None], iter("ab")]
+)
+def test_what_is_no_judge_is_refused_before_a_model_is_asked(judge):
+    with pytest.raises(SsahError, match="judge") as error:
+        ssah_nb.attack_success(None, None, ["a"], judge)
+    one_line(error)
+    with pytest.raises(SsahError, match="judge"):
+        ssah_nb.over_refusal(None, None, ["a"], judge)
+    with pytest.raises(SsahError, match="judge"):
+        ssah_nb.safety_report(None, None, ["a"], PAIRS, judge=judge)
+
+
 BAD_RESPONSES = {
     "too few": (["a"], "2 prompts but 1 responses"),
     "one text": ("no", "one str was given where a list of responses"),

@@ -40,7 +40,7 @@ from .chat import encode_pairs
 from .forward import context_of
 from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
-from .judges import DEFAULT_JUDGE, JUDGES, Judge, judged
+from .judges import DEFAULT_JUDGE, JUDGES, Judge, check_judge, judged
 from .intervals import Estimate, bootstrap_mean, wilson
 from ssah_nb.engine.limits import (
     check_amounts,
@@ -95,6 +95,7 @@ def attack_success(
     "Share of harmful prompts that the model does not refuse, with Wilson's interval."
     prompts = as_prompts(prompts)
     check_limits(window=window)
+    check_judge(judge)
     said = said_to(model, tokenizer, prompts, responses, system=system, **generation)
     return wilson(sum(judged(judge, prompts, said, window)), len(prompts))
 
@@ -112,6 +113,7 @@ def over_refusal(
     "Share of benign prompts that the model refuses, with Wilson's interval."
     prompts = as_prompts(prompts)
     check_limits(window=window)
+    check_judge(keywords)
     said = said_to(model, tokenizer, prompts, responses, system=system, **generation)
     answered = judged(keywords, prompts, said, window)
     return wilson(len(prompts) - sum(answered), len(prompts))
@@ -305,6 +307,7 @@ def safety_report(
     "All measures of this page, each with its interval and n."
     prompts, benign, dense = as_prompts(prompts), as_pairs(benign), dense_model or model
     check_limits(window=window, max_response=max_response)
+    check_judge(judge)
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     if max_perplexity is None:
         max_perplexity = coherence_threshold(dense, tokenizer, benign, max_new_tokens)

@@ -11,13 +11,14 @@ __all__ = [
     'JUDGES',
     'Judge',
     'is_refusal',
+    'check_judge',
     'judged',
 ]
 
 # %% ../../nbs/engine/judges.ipynb #judges-002
 from collections.abc import Callable, Sequence
 
-from .inputs import as_verdicts
+from .inputs import as_text, as_verdicts, at_least_one
 from .refusal import refusal_idea
 from .run import SsahError
 
@@ -88,6 +89,20 @@ Judge = str | Sequence[str] | Callable[[list[str], list[str]], list[bool]]
 
 
 # %% ../../nbs/engine/judges.ipynb #judges-010
+def check_judge(judge: Judge):  # what a user gave
+    "Raise `SsahError` for an unknown name or phrases that are none, before a model is asked."
+    if callable(judge):
+        return
+    if not isinstance(judge, (str, list, tuple, set, frozenset)):
+        kind = type(judge).__name__
+        raise SsahError(f"a {kind} is no judge; pass a name, a list of phrases, or a function")
+    if not isinstance(judge, str):
+        at_least_one(judge, "phrases of a judge", 1)
+        for i, phrase in enumerate(judge):
+            as_text(phrase, f"judge phrase {i}", "text")
+    is_refusal("", judge)
+
+
 def judged(
     judge: Judge,  # a name in `JUDGES`, phrases, or a function (prompts, responses) -> booleans
     prompts: list[str],  # the users' words
