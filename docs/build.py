@@ -175,6 +175,25 @@ def write_results() -> None:
     (SOURCE / "results.md").write_text(text + judges_section())
 
 
+def write_architectures() -> None:
+    """Which architectures are supported: the table that docs/architectures.py wrote."""
+    table = pd.read_csv(ROOT / "docs/architectures.csv", keep_default_na=False)
+    text = "# Architectures\n\n"
+    text += (
+        "Every causal architecture of transformers was built tiny and random, and tried.\n\n"
+        "- **supported**: importance, `pruned`, freezing with one step of training, merging and "
+        "the losses of responses ran, and gave what an independent computation gives. The column "
+        "*prune* says what can be cut out for good.\n"
+        "- **refused**: `SsahError` says why, before anything is computed. A larger model of the "
+        "same architecture is tried again when it is used, so the weights at hand decide.\n"
+        "- **does not run**, **not built**: transformers' own code stops at tiny sizes.\n\n"
+    )
+    text += f"{table.units.value_counts().to_frame('architectures').to_html(border=0)}\n\n"
+    shown = table.rename(columns={"units": "its units"})
+    text += f"<div class='table-wrapper'>\n{shown.to_html(index=False, border=0)}\n</div>\n"
+    (SOURCE / "architectures.md").write_text(text)
+
+
 def keep_link(match: re.Match) -> str:
     """A link of the README as the site has it: pages stay, files come along, folders are words."""
     words, target = match.groups()
@@ -196,7 +215,7 @@ def write_index(chapters: list[Path], pages: list[Path]) -> None:
     lists = {
         "Chapters": [path.stem for path in chapters],
         "Engine": [str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in pages],
-        "Reference": ["api", "results", "tried"],
+        "Reference": ["api", "architectures", "results", "tried"],
     }
     for caption, names in lists.items():
         listed = "\n".join(names)
@@ -213,6 +232,7 @@ def main() -> None:
     write_index(*write_notebooks())
     write_api()
     write_results()
+    write_architectures()
 
 
 if __name__ == "__main__":

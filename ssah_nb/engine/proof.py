@@ -228,7 +228,7 @@ def check_moved(model: nn.Module, module: Any, moved: torch.Tensor, own: slice, 
             model,
             module,
             f"the rows of {noun} {own.start // module.width} in {linears} also move other "
-            f"{noun}s, as a norm over all of them does",
+            f"{noun}s, as a norm over all of them would",
         )
 
 
