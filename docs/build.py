@@ -178,6 +178,7 @@ def write_results() -> None:
 def write_architectures() -> None:
     """Which architectures are supported: the table that docs/architectures.py wrote."""
     table = pd.read_csv(ROOT / "docs/architectures.csv", keep_default_na=False)
+    counts = table.units.value_counts().reset_index(name="architectures")
     text = "# Architectures\n\n"
     text += (
         "Every causal architecture of transformers was built tiny and random, and tried.\n\n"
@@ -188,9 +189,8 @@ def write_architectures() -> None:
         "same architecture is tried again when it is used, so the weights at hand decide.\n"
         "- **does not run**, **not built**: transformers' own code stops at tiny sizes.\n\n"
     )
-    text += f"{table.units.value_counts().to_frame('architectures').to_html(border=0)}\n\n"
-    shown = table.rename(columns={"units": "its units"})
-    text += f"<div class='table-wrapper'>\n{shown.to_html(index=False, border=0)}\n</div>\n"
+    text += f"{counts.to_html(index=False, border=0)}\n\n"
+    text += f"<div class='table-wrapper'>\n{table.to_html(index=False, border=0)}\n</div>\n"
     (SOURCE / "architectures.md").write_text(text)
 
 
