@@ -9,7 +9,6 @@ __all__ = [
     'unit_weights',
     'top_units',
     'as_map',
-    'classified',
     'classify',
     'chosen_channels',
     'pruned',
@@ -35,6 +34,7 @@ from .engine.experts import experts_off, refuse_experts
 from .engine.inputs import as_rows
 from .engine.intervals import Estimate
 from .engine.limits import check_amounts, check_shares
+from .engine.alike import classified
 from .engine.parts import plain_linear
 from .engine.proof import check_cut, trial_states
 from .engine.routed import level, never_reached
@@ -110,13 +110,6 @@ def as_map(
 
 
 # %% ../nbs/04_classes.ipynb #04-classes-029
-def classified(safety: Importance | None, utility: Importance, shares: dict, *how) -> dict:
-    "What a map says of itself: how it was scored, and how it was classified."
-    options = dict(zip(("ratio_of", "square_attention"), how))
-    window = {"safety_max_response": safety.info.get("max_response")} if safety else {}
-    return utility.info | shares | options | window
-
-
 def classify(
     safety: Importance | None,  # on (harmful prompt, refusal); None: the model is unaligned
     utility: Importance,  # on (benign prompt, response)
