@@ -1,11 +1,12 @@
-"""Attribution and freezing on a GPU, on a random model of Llama-2-7B's shape in bfloat16.
+"""Attribution, freezing and anchoring on a GPU, on a random model of Llama-2-7B's shape in bf16.
 
     python benchmarks/gpu.py                              # 80 GB: benchmarks/results/gpu.csv
     python benchmarks/gpu.py --shape tiny --device cpu    # seconds, only to see that it works
 
 Attribution is measured against a bare forward pass of the decoder stack over the same batches, and
 the pass against the chip's own rate of bfloat16 matrix products. A training step is measured with
-the shares f of its multiplied parameters frozen: 0, 0.28 and 0.80. On a GPU it takes minutes.
+the shares f of its multiplied parameters frozen: 0, 0.28 and 0.80, and with an anchor that looks at
+1 or 4 refusals a step. On a GPU it takes minutes.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import torch
 from freezing import frozen_share, linear_parameters, optimizer_memory, random_units
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ssah_nb.anchoring import Anchor
 from ssah_nb.engine.batches import TokenBatch, decoder
+from ssah_nb.engine.models import tiny_tokenizer
 from ssah_nb.engine.run import processor, show_progress
 from ssah_nb.engine.scores import METHODS, collect_moments
 from ssah_nb.freezing import freeze
@@ -115,18 +118,16 @@ def attribution(model: PreTrainedModel, options: argparse.Namespace) -> list[dic
     return rows
 
 
-def step(f: float, options: argparse.Namespace) -> dict:
-    "A training step with the share f frozen: forward, backward, AdamW."
-    model = random_model(options.shape, options.device).train()
-    total = linear_parameters(model)
-    if f:
-        mask, rest = random_units(model, f)
-        freeze(model, mask, rest=rest)
-        f = frozen_share(model, total)
+def stepped(
+    model: PreTrainedModel, options: argparse.Namespace, anchor: Anchor | None = None
+) -> dict:
+    "Seconds and memory of a training step: forward, backward, AdamW."
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(0, 256, (options.rows, options.tokens), device=options.device)
 
     def run():
+        if anchor:
+            anchor.loss(model).backward()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -134,13 +135,31 @@ def step(f: float, options: argparse.Namespace) -> dict:
     peak_gb(options.device, reset=True)
     taken = seconds(run, options.device, options.repeats)
     return {
-        "what": f"training step, f = {f:.2f}",
         "seconds": taken,
         "tokens_per_second": ids.numel() / taken,
         "peak_gb": peak_gb(options.device),
         "optimizer_gb": optimizer_memory(optimizer) / 1e9,
-        "f": f,
     }
+
+
+def frozen_step(f: float, options: argparse.Namespace) -> dict:
+    "A training step with the share f frozen."
+    model = random_model(options.shape, options.device).train()
+    total = linear_parameters(model)
+    if f:
+        mask, rest = random_units(model, f)
+        freeze(model, mask, rest=rest)
+        f = frozen_share(model, total)
+    return {"what": f"training step, f = {f:.2f}", "f": f} | stepped(model, options)
+
+
+def anchored_step(prompts: int, options: argparse.Namespace) -> dict:
+    "A training step with an anchor on answers that looks at so many refusals."
+    model = random_model(options.shape, options.device)
+    refusals = [{"prompt": f"Open box {i} " * 8, "response": "I am sorry."} for i in range(32)]
+    anchor = Anchor(model, tiny_tokenizer(), refusals, prompts=prompts, slack=0.0)
+    what = f"training step, anchored on {prompts}"
+    return {"what": what, "prompts": prompts} | stepped(model.train(), options, anchor)
 
 
 def compared(rows: list[dict]) -> list[dict]:
@@ -153,6 +172,9 @@ def compared(rows: list[dict]) -> list[dict]:
                 "bar": (1 - r["f"] / 3) * 1.1,
                 "memory_ratio": r["optimizer_gb"] / full["optimizer_gb"],
             }
+        elif full and "prompts" in r:
+            r |= {"ratio": r["seconds"] / full["seconds"], "bar": 1.25}
+            r["memory_ratio"] = r["peak_gb"] / full["peak_gb"]
         elif r["what"] == "attribution":
             r["bar"] = 1.15
     return rows
@@ -164,6 +186,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--shape", default="llama2-7b", choices=list(SHAPES))
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--shares", type=float, nargs="+", default=[0.0, 0.28, 0.80], help="frozen shares f")
+    add("--prompts", type=int, nargs="*", default=[1, 4], help="refusals of an anchored step")
     add("--rows", type=int, default=4, help="rows of a batch")
     add("--tokens", type=int, default=512, help="tokens of a row")
     add("--repeats", type=int, default=5)
@@ -179,11 +202,12 @@ def main(arguments: list[str] | None = None):
     model = random_model(options.shape, options.device).eval()
     rows = attribution(model, options)
     del model
-    for f in options.shares:
+    steps = [(frozen_step, f) for f in options.shares]
+    for step, how in steps + [(anchored_step, n) for n in options.prompts]:
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        rows.append(step(f, options))
+        rows.append(step(how, options))
     table = pd.DataFrame(compared(rows)).assign(
         shape=options.shape,
         chip=processor(options.device),
