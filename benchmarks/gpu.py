@@ -37,7 +37,7 @@ SHAPES = {
         num_attention_heads=32,
     ),
     "tiny": dict(
-        vocab_size=256,
+        vocab_size=258,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
