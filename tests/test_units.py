@@ -77,32 +77,6 @@ def test_the_parameters_of_all_units_are_those_of_the_depth_two_modules(architec
                 num_attention_heads=2,
             ),
         ),
-        (
-            "mixtral",
-            dict(
-                num_hidden_layers=1,
-                hidden_size=8,
-                intermediate_size=8,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                num_local_experts=2,
-            ),
-        ),
-        (
-            "qwen3_moe",
-            dict(
-                num_hidden_layers=1,
-                hidden_size=8,
-                intermediate_size=8,
-                moe_intermediate_size=8,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=4,
-                num_experts=2,
-                num_experts_per_tok=1,
-                decoder_sparse_step=1,
-            ),
-        ),
     ],
 )
 def test_an_unsupported_architecture_is_named(architecture, sizes):
