@@ -27,7 +27,7 @@ PARTS = ASK.replace("CONTENT", "{{ m['content'][0]['text'] | trim }}")
 LOOP = ASK.replace(
     "CONTENT",
     "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}",
+    "{% endif %}{% endfor %}{{ '' }}",
 )
 LINES = "Harmful request: yes\nResponse refusal: no\nHarmful response: {}"
 PROMPTS, SAID = ["Hi there", "Ho"], ["one answer", "another {answer}"]

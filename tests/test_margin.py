@@ -90,7 +90,8 @@ def test_models_whose_cache_cannot_branch_are_read_by_their_own_forward(kind, mo
         model = peft.get_peft_model(tiny_model().double(), config).double().eval()
     tokenizer, prompts = tiny_tokenizer(), ["Hi", "Name three colours, please"]
     found = refusal_margins(model, tokenizer, prompts, None, NO, YES)
-    assert found == pytest.approx(plain_margins(model, tokenizer, prompts, None, virtual), abs=1e-8)
+    right = plain_margins(model, tokenizer, prompts, None, virtual)
+    assert found == pytest.approx(right, abs=1e-5)  # some compute in float32 whatever the dtype
     assert used
 
 
@@ -130,24 +131,20 @@ def test_the_default_openings_are_two_sides():
     assert {decode(tokens) for tokens in no} <= set(REFUSAL_OPENINGS)
 
 
-def test_a_model_that_leans_to_a_refusal_has_a_larger_margin():
-    model, tokenizer = tiny_model(tie_word_embeddings=False), tiny_tokenizer()
-    before = refusal_margin(model, tokenizer, PROMPTS)
-    with torch.no_grad():
-        direction = model.lm_head.weight.mean(0)
-        letter = tokenizer("S").input_ids[0]
-        model.lm_head.weight[tokenizer("U").input_ids[0]] = model.lm_head.weight[letter] + direction
-    after = refusal_margin(model, tokenizer, PROMPTS, refusals=["U"], compliances=["S"])
-    flipped = refusal_margin(model, tokenizer, PROMPTS, refusals=["S"], compliances=["U"])
-    assert after.value == pytest.approx(-flipped.value)
-    assert before.n == after.n == len(PROMPTS)
+def test_swapping_the_sides_turns_the_sign():
+    model, tokenizer = tiny_model().double(), tiny_tokenizer()
+    margins = refusal_margins(model, tokenizer, PROMPTS, refusals=NO, compliances=YES)
+    swapped = refusal_margins(model, tokenizer, PROMPTS, refusals=YES, compliances=NO)
+    assert swapped == pytest.approx(-margins, abs=1e-12)
+    more = refusal_margins(model, tokenizer, PROMPTS, refusals=[*NO, "A"], compliances=YES)
+    assert (more > margins).all()
 
 
 def test_what_is_refused_by_name():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     with pytest.raises(SsahError, match="'I can' and the compliance 'I can' begin with the same"):
         refusal_margin(model, tokenizer, PROMPTS, refusals=["I can"], compliances=["I can"])
-    with pytest.raises(SsahError, match="'I can't' and the compliance 'I can' begin"):
+    with pytest.raises(SsahError, match="and the compliance 'I can' begin"):
         refusal_margin(model, tokenizer, PROMPTS, refusals=["I can't"], compliances=["I can"])
     for openings in ([], ["Sure", " "], [None]):
         with pytest.raises(SsahError, match="no usable openings") as error:

@@ -167,7 +167,7 @@ def branching_logits(
     last[:, -1] = True
     with head_sees(model, last):
         start = model(input_ids=prompts, attention_mask=ones, **options).logits
-    start = start.view(n, -1, start.shape[-1])[:, -1:]
+    start = start.reshape(n, -1, start.shape[-1])[:, -1:]
     if not longest:
         return start[:, None]
     cache.batch_repeat_interleave(many)
