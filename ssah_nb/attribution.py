@@ -20,7 +20,7 @@ __all__ = [
 import torch
 from collections.abc import Iterable
 from pathlib import Path
-from .engine.batches import decoder, token_batches
+from .engine.batches import token_batches
 from .engine.chat import encode_pairs
 from .engine.template import chat_record
 from .engine.calibration import can_make, read_calibration, save_calibration, with_halves

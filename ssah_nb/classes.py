@@ -9,6 +9,7 @@ __all__ = [
     'unit_weights',
     'top_units',
     'as_map',
+    'levelled',
     'classify',
     'chosen_channels',
     'pruned',
@@ -109,6 +110,19 @@ def as_map(
     return UnitMap(codes["mlp"], codes["attention"], order, info)
 
 
+# %% ../nbs/04_classes.ipynb #04-classes-029a
+def levelled(
+    safety: Importance,
+    utility: Importance,
+    square_attention: bool = False,  # FLAP's squared attention metric
+) -> tuple[Scores, Scores]:
+    "Î_S and Î_U; a unit that no token of a set has reached counts as its layer's lowest."
+    s, u = (importance.standardized(square_attention) for importance in (safety, utility))
+    never = never_reached(safety.moments), never_reached(utility.moments)
+    mlp = level((s.mlp, u.mlp), never)
+    return Scores(mlp[0], s.attention), Scores(mlp[1], u.attention)
+
+
 # %% ../nbs/04_classes.ipynb #04-classes-029
 def classify(
     safety: Importance | None,  # on (harmful prompt, refusal); None: the model is unaligned
@@ -127,10 +141,7 @@ def classify(
     if safety is None:
         return as_map(u, "UU", {"RU": top_units(-u, ru, info, ratio_of)}, info)
     check_same_scoring(safety, utility)
-    s = safety.standardized(square_attention)
-    never = never_reached(safety.moments), never_reached(utility.moments)
-    mlp = level((s.mlp, u.mlp), never)
-    s, u = Scores(mlp[0], s.attention), Scores(mlp[1], u.attention)
+    s, u = levelled(safety, utility, square_attention)
     ranked = {"RU": (-(s + u), ru), "UCU": (u - s, ucu), "SCU": (s - u, scu)}
     classes = {name: top_units(*r, info, ratio_of) for name, r in ranked.items()}
     if len(classes["UCU"] & classes["SCU"]):
@@ -183,6 +194,7 @@ def search_row(ratio: float, mask: UnitMask, measure: Callable) -> dict:
     return row | {"perplexity": float(perplexity), "steady": True, "lowers_safety": False}
 
 
+# %% ../nbs/04_classes.ipynb #04-classes-041b
 def search_order(ratios: Iterable[float], measure: Callable) -> list[float]:
     "The shares from high to low. Raises `SsahError` for what cannot be searched."
     ratios = as_rows(ratios, "ratios")

@@ -28,6 +28,7 @@ def lent_template(lender: str) -> str:  # a hub id or a folder; others lend Chat
         ) from None
 
 
+# %% ../nbs/00_start.ipynb #00-start-start-model-2
 def start_model(
     run: Run,
     name: str = "embedded",  # "embedded", "tiny", a hub id, a folder, or a .gguf file

@@ -8,8 +8,9 @@ import ssah_nb as ssah
 from ssah_nb.engine import generation
 from ssah_nb.engine.chat import chat_prompt, encode_pairs
 from ssah_nb.engine.models import CHATML, load_model, save_model, tiny_model, tiny_tokenizer
-from ssah_nb.engine.run import SsahError
+from ssah_nb.engine.run import Run, SsahError
 from ssah_nb.engine.template import chat_of, chat_record
+from ssah_nb.start import start_model
 
 
 def test_the_system_prompt_survives():
@@ -174,3 +175,16 @@ def test_refused_pairs(template):
     upper = with_template(CHATML.replace("m['content']", "m['content'] | replace('a', 'b')"))
     with pytest.raises(SsahError, match="changes the words of pair 0's response"):
         encode_pairs(upper, [PAIR])
+
+
+def test_a_base_model_gets_the_template_of_its_sibling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, template in (("base", None), ("chat", LLAMA3)):
+        save_model(tiny_model(), with_template(template), tmp_path / name)
+    run = Run("mine", "00_start")
+    for lender, template in ((str(tmp_path / "chat"), LLAMA3), ("", CHATML)):
+        _, tokenizer = start_model(run, str(tmp_path / "base"), lender=lender)
+        assert tokenizer.chat_template == template
+    with pytest.raises(SsahError, match="cannot read the chat template") as error:
+        start_model(run, str(tmp_path / "base"), lender=str(tmp_path / "none"))
+    one_line(error)

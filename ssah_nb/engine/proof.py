@@ -310,7 +310,7 @@ def ends_of_each_kind(model: nn.Module, modules: list) -> list:  # modules: `Dep
     kinds: dict[tuple, list] = {}
     for module in modules:
         kinds.setdefault(kind_of(model, module), []).append(module)
-    return [m for alike in kinds.values() for m in dict.fromkeys((alike[0], alike[-1]))]
+    return [m for alike in kinds.values() for m in (alike[0], *alike[1:][-1:])]
 
 
 def can_run(model: nn.Module, modules: list) -> bool:  # modules: its `DepthTwo`s
