@@ -166,7 +166,7 @@ def test_a_unit_that_no_token_reached_is_redundant(method, tmp_path):
     raw = utility.mlp[0, :96]
     torch.testing.assert_close(z.mlp[0, :96], (raw - raw.mean()) / raw.std())
     units = classify(safety, utility, ru=0.13)
-    assert units.ru.mlp[0, 96:].all()
+    assert units.ru.mlp[0, 96:].all() and not units.order.mlp[0, 96:].any()
     assert classify(None, utility, ru=0.13).ru.mlp[0, 96:].all()
     utility.save(tmp_path)
     again = Importance.load(tmp_path)
@@ -220,6 +220,22 @@ def test_frozen_channels_keep_their_bits(architecture):
             n for n in before if n.startswith(at) and n.endswith(("gate.weight", "router.weight"))
         )
         assert (after[router] != before[router]).any()
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_the_gradient_is_that_of_the_whole_model(architecture):
+    model = tiny_model(architecture)
+    mask, whole = half(model), copy.deepcopy(model)
+    freeze(model, mask)
+    for one in (model, whole):
+        one(IDS, labels=IDS).loss.backward()
+    pairs = zip(blocks(model), blocks(whole), mask.mlp.view(2, 4, 32), strict=True)
+    for (_, split), (_, experts), off in pairs:
+        columns = experts.down_proj.grad.transpose(1, 2)[~off]
+        rows = experts.gate_up_proj.grad[~torch.cat([off, off], 1)]
+        torch.testing.assert_close(split.trained_down_proj.grad, columns, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(split.trained_gate_up_proj.grad, rows, rtol=1e-3, atol=1e-6)
+        assert split.frozen_down_proj.grad is None
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)
