@@ -1,22 +1,38 @@
 # make reproduce      the paper's experiments, as executed notebooks (runs/) and figures (figures/)
+#   PROFILE=name      with the settings in workflow/profiles/name
+#   MODEL=model       on a model of yours: a hub id, a folder or a .gguf file; its run is called
+#                     PROFILE-model (NAME=... to change that). A model that refuses at least half of
+#                     the attacks is taken as aligned (ALIGNED=yes or no to decide it).
 # make test           lint and all tests
 # make docs           the site, in docs/_build/html
 # make test-browser   the site and the chapters in a real browser (needs chromium)
 # Each does all set-up first, in .venv, once.
 
 PROFILE = embedded
+MODEL =
+NAME =
+ALIGNED =
 SNAKEMAKE_FLAGS =
 PYTHON = $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell $(python) -c $(SUPPORTED) 2>/dev/null && echo $(python))))
 SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 PROFILES = $(sort $(patsubst workflow/profiles/%/config.yaml,%,$(wildcard workflow/profiles/*/config.yaml)))
 BIN = .venv/bin
+USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
 
 .PHONY: reproduce test lint docs test-browser outputs export readme lab lock clean-run
 
 reproduce: known-profile $(READY)
+ifeq ($(MODEL)$(NAME)$(ALIGNED),)
 	@exec $(BIN)/snakemake --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
 	@echo "finished: notebooks in runs/$(PROFILE)/notebooks, figures and tables in figures/$(PROFILE)"
+else
+	@$(BIN)/python workflow/users_model.py check $(USERS_MODEL)
+	@exec $(BIN)/snakemake --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS) \
+	    --config $$($(BIN)/python workflow/users_model.py config $(USERS_MODEL))
+	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)); \
+	    echo "finished: notebooks in runs/$$run/notebooks, figures and tables in figures/$$run"
+endif
 
 test: lint
 	@exec $(BIN)/python -m pytest --durations=10
@@ -53,8 +69,12 @@ lock: $(READY)  ## after a change in pyproject.toml: what this .venv then holds 
 	@{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//'; } > requirements.new
 	@mv requirements.new requirements.lock
 
-clean-run: known-profile  ## forget what a profile has run, so that it runs anew
+clean-run: known-profile  ## forget what a profile has run (with MODEL=: on that), so that it runs anew
+ifeq ($(MODEL)$(NAME),)
 	@rm -rf runs/$(PROFILE)
+else
+	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)) && rm -rf "runs/$$run"
+endif
 
 .PHONY: known-profile
 known-profile:

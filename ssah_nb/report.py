@@ -10,7 +10,7 @@ from importlib import resources
 
 import pandas as pd
 
-from .engine.claims import claims_of, measure, unit_of
+from .engine.claims import LEFT_OUT, claims_of, is_left_out, measure, unit_of
 from .engine.drawings.report import in_words
 from .engine.run import SsahError
 
@@ -96,7 +96,8 @@ def judge(
         row = {"experiment": experiment, "claim": claim["claim"]}
         row["paper"] = claim["paper"].format(*printed_numbers(claim["printed"]))
         row |= {"measured": value, "low": low, "high": high, "n": n, "claimed": claim["claimed"]}
-        row["verdict"] = verdict(low, high, SIDES[side], float(limit))
+        judged = verdict(low, high, SIDES[side], float(limit))
+        row["verdict"] = LEFT_OUT if is_left_out(rows, claim) else judged
         found.append(row | {"unit": unit_of(claim)})
     return pd.DataFrame(found)
 

@@ -5,9 +5,13 @@
 The executed notebook appears under runs/PROFILE/notebooks only when the chapter has ended well;
 until then it is CHAPTER.partial.ipynb. What the chapter prints goes to
 runs/PROFILE/logs/CHAPTER.log, and to the terminal line by line.
+
+A run that began with an aligned model has no unaligned one. Then the cells that are tagged
+`needs_unaligned` are left out, and a chapter whose parameters are tagged so is left out whole.
 """
 
 import io
+import json
 import os
 import re
 import shutil
@@ -36,6 +40,8 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),  # which then need not fault in fresh pages
 }
 
+LEFT_OUT = "needs an unaligned model, and this run began with an aligned one"
+
 
 class ProfileError(ValueError):
     """A profile that cannot be run; the message is one line."""
@@ -45,13 +51,20 @@ def chapters() -> list[str]:
     return sorted(path.stem for path in Path("nbs").glob("[0-9][0-9]_*.ipynb"))
 
 
+def profile_path(profile: str) -> Path:
+    """The file of a profile, or of a run on a model of the user's (`users_model.py`)."""
+    folder, own = Path("workflow/profiles"), Path(f"runs/{profile}/profile.yaml")
+    known = sorted(path.parent.name for path in folder.glob("*/parameters.yaml"))
+    if profile in known:
+        return folder / profile / "parameters.yaml"
+    if not own.exists():
+        raise ProfileError(f"unknown profile {profile!r}; known: {', '.join(known)}")
+    return own
+
+
 def read_profile(profile: str) -> dict:
     """The settings of a profile; with `extends: other`, what it does not say is as in the other."""
-    folder = Path("workflow/profiles")
-    known = sorted(path.parent.name for path in folder.glob("*/parameters.yaml"))
-    if profile not in known:
-        raise ProfileError(f"unknown profile {profile!r}; known: {', '.join(known)}")
-    settings = yaml.safe_load((folder / profile / "parameters.yaml").read_text()) or {}
+    settings = yaml.safe_load(profile_path(profile).read_text()) or {}
     base = read_profile(settings.pop("extends")) if "extends" in settings else {}
     both = {
         key: base[key] | settings[key]
@@ -64,12 +77,12 @@ def read_profile(profile: str) -> dict:
 def profile_parameters(profile: str) -> dict[str, dict]:
     """The parameters of every chapter. A common parameter goes to each chapter that has it."""
     settings = read_profile(profile)
-    where = f"workflow/profiles/{profile}/parameters.yaml"
+    where = profile_path(profile)
     common = settings.get("common") or {}
     has = {
         chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb")) for chapter in chapters()
     }
-    for key in settings.keys() - {"hub", "common", "machine"} - has.keys():
+    for key in settings.keys() - {"hub", "common", "machine", "model_files"} - has.keys():
         raise ProfileError(f"{where}: unknown chapter {key!r}; known: {', '.join(has)}")
     for name in common:
         if not any(name in names for names in has.values()):
@@ -92,7 +105,7 @@ def machine(profile: str) -> dict[str, str]:
     settings = read_profile(profile).get("machine") or {}
     if unknown := settings.keys() - {"device", "dtype", "mixed"}:
         raise ProfileError(
-            f"workflow/profiles/{profile}/parameters.yaml: machine has no {', '.join(unknown)}; "
+            f"{profile_path(profile)}: machine has no {', '.join(unknown)}; "
             "it has: device, dtype, mixed"
         )
     return {f"SSAH_{name.upper()}": str(value) for name, value in settings.items()}
@@ -174,10 +187,44 @@ def prepare(profile: str, chapter: str, threads: str) -> dict:
     return parameters
 
 
-def execute(chapter: str, partial: Path, parameters: dict, lines: Lines) -> None:
+def given_stage(profile: str) -> str:
+    """What the model that the run began with was taken as, by its first chapter."""
+    path = Path(f"runs/{profile}/given.json")
+    return json.loads(path.read_text())["taken_as"] if path.exists() else "unaligned"
+
+
+def leave_out(chapter: str, copy: Path) -> bool:
+    """Copy a chapter without what needs an unaligned model; whether anything is left to run."""
+    notebook = nbformat.read(f"nbs/{chapter}.ipynb", as_version=4)
+    needing = [
+        cell for cell in notebook.cells if "needs_unaligned" in cell.metadata.get("tags", ())
+    ]
+    whole = any("parameters" in cell.metadata.tags for cell in needing)
+    words = f"*Left out: this {LEFT_OUT}.*"
+    for cell in needing:
+        place = notebook.cells.index(cell)
+        notebook.cells[place] = nbformat.v4.new_markdown_cell(words, id=cell.id)
+    if whole:
+        notebook.cells = [notebook.cells[0], nbformat.v4.new_markdown_cell(words)]
+    nbformat.write(notebook, copy)
+    if needing:
+        what = "all of it" if whole else f"{len(needing)} cells"
+        print(f"  {chapter} | left out: {what}, which {LEFT_OUT}", flush=True)
+    return not whole
+
+
+def left_out_manifest(profile: str, chapter: str) -> None:
+    """The manifest of a chapter that was left out whole."""
+    path = Path(f"runs/{profile}/manifest/{chapter}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = {"chapter": chapter, "left_out": f"it {LEFT_OUT}", "minutes": 0.0, "files": {}}
+    path.write_text(json.dumps(part, indent=1))
+
+
+def execute(source: Path, partial: Path, parameters: dict, lines: Lines) -> None:
     """Run the notebook with papermill; what it prints goes to `lines`."""
     papermill.execute_notebook(
-        f"nbs/{chapter}.ipynb",
+        source,
         partial,
         parameters,
         cwd=".",
@@ -200,9 +247,15 @@ def run(profile: str, chapter: str, threads: str) -> None:
     place = f"[{chapters().index(chapter) + 1}/{len(chapters())}] {chapter}"
     print(f"{place}: start", flush=True)
     start = time.monotonic()
+    source = Path(f"nbs/{chapter}.ipynb")
     with open(log_path, "w") as log:
         try:
-            execute(chapter, partial, parameters, Lines(chapter, log))
+            if given_stage(profile) == "unaligned":
+                execute(source, partial, parameters, Lines(chapter, log))
+            elif leave_out(chapter, partial):
+                execute(partial, partial, parameters, Lines(chapter, log))
+            else:
+                left_out_manifest(profile, chapter)
         except KeyboardInterrupt:
             sys.exit(f"{place}: stopped; the same command takes it up again")
         except Exception as error:

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import EMBEDDED_DATA, named_splits
 from .inputs import as_pairs
 from .limits import check_seed
-from .models import load_model, load_stage, save_model
+from .models import given_stage, load_model, load_stage, save_model
 from .run import Run, pick_dtype, pick_mixed, write_atomic
 from .sources import WHEELS
 from .splits import Splits
@@ -198,11 +198,13 @@ def make_aligned(
     **training,  # seed, lr, epochs, batch_size, max_response
 ) -> bool:  # whether the project's recipe trained it; False: it came aligned
     'Save the run\'s aligned model for `load_stage(run, "aligned")`, and tables/alignment.json.'
-    if aligned_model:
-        model, tokenizer = load_model(aligned_model, run.dtype, run.device)
-    else:
-        model, tokenizer = aligned_model_of(run, splits, training)
-    save_model(model, tokenizer, run.path("models", "aligned"))
-    trained = {"trained": not aligned_model}
+    came_aligned = bool(aligned_model) or given_stage(run) == "aligned"
+    if given_stage(run) == "unaligned":
+        if aligned_model:
+            model, tokenizer = load_model(aligned_model, run.dtype, run.device)
+        else:
+            model, tokenizer = aligned_model_of(run, splits, training)
+        save_model(model, tokenizer, run.path("models", "aligned"))
+    trained = {"trained": not came_aligned}
     write_atomic(run.path("tables", "alignment.json"), json.dumps(trained).encode())
     return trained["trained"]

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = [
     'TABLES',
+    'LEFT_OUT',
     'read_claims',
     'tables_folder',
+    'began_aligned',
     'report_tables',
     'probe_rows',
     'transfer_rows',
     'rows_by_name',
+    'is_left_out',
     'measure',
     'unit_of',
     'for_each_size',
@@ -55,14 +58,23 @@ def tables_folder(run: Run, folder: str = "") -> Path:  # folder: "" for this ru
     return project_root() / "figures" / "embedded" if alone else run.figures
 
 
+def began_aligned(stages: pd.DataFrame | None) -> bool:  # [model, ...]; None: not there
+    "Whether a run has no unaligned model: its table of stages lacks it."
+    return stages is not None and "unaligned" not in set(stages.model)
+
+
 def report_tables(folder: Path) -> dict[str, pd.DataFrame]:  # figures of a run
     "The tables that the report judges. Raises `SsahError` that names a missing one's chapter."
+    files = {name: folder / f"{name}.csv" for name in TABLES}
+    tables = {name: pd.read_csv(path) for name, path in files.items() if path.exists()}
+    if began_aligned(tables.get("table11_alignment")):
+        tables["table04_budget"] = pd.DataFrame(columns=["objective", "trained"])
     for name, chapter in TABLES.items():
-        if not (folder / f"{name}.csv").exists():
+        if name not in tables:
             raise SsahError(
                 f"no table {name} in {folder}; run chapter {chapter}, or `make reproduce`"
             )
-    return {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
+    return tables
 
 
 # %% ../../nbs/engine/claims.ipynb #claims-008
@@ -115,6 +127,17 @@ def rows_by_name(
 
 
 # %% ../../nbs/engine/claims.ipynb #claims-014
+LEFT_OUT = "left out: needs an unaligned model"
+
+
+def is_left_out(
+    rows: dict[str, pd.DataFrame],  # from `rows_by_name`
+    claim: dict,  # a row of `read_claims`
+) -> bool:
+    "Whether a claim is about an unaligned model and the run has none."
+    return claim["needs"] == "unaligned" and "unaligned" not in rows["stages"].index
+
+
 def measure(
     rows: dict[str, pd.DataFrame],  # from `rows_by_name`
     claim: dict,  # a row of `read_claims`

@@ -21,12 +21,14 @@ __all__ = [
     'load_model',
     'replace_folder',
     'save_model',
+    'given_stage',
     'stage_name',
     'load_stage',
     'is_mixed',
 ]
 
 # %% ../../nbs/engine/models.ipynb #models-002
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -272,9 +274,20 @@ def save_model(
 
 
 # %% ../../nbs/engine/models.ipynb #models-016
+def given_stage(run: Run) -> str:
+    'What the model that the run began with is: "unaligned", or "aligned" if it refused already.'
+    path = run.path("given.json")  # written by 00_start
+    return json.loads(path.read_text())["taken_as"] if path.exists() else "unaligned"
+
+
 def stage_name(run: Run, stage: str) -> str | Path:
     "What `load_model` takes for a stage of this run."
     folder = run.path("models", stage)
+    if stage == "unaligned" and given_stage(run) == "aligned":
+        raise SsahError(
+            "this run has no unaligned model: it began with one that was taken as aligned; "
+            "use the stage 'aligned', or begin again with make reproduce ... ALIGNED=no"
+        )
     alone = {"unaligned": "embedded", "aligned": "aligned"}
     if folder.exists():
         return folder

@@ -34,6 +34,8 @@ import pandas as pd
 
 from matplotlib.lines import Line2D
 
+from ..claims import LEFT_OUT
+
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-004
 FULL_SCALE = {"points": 1.0, "share": 1.0, "perplexity": 25.0, "cosine": 0.16}
 TICKS = {"points": [10, 50, 100], "perplexity": [1, 10, 25], "cosine": [0.04, 0.16]}
@@ -82,8 +84,8 @@ def in_words(
 
 
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-010
-COLOUR_OF = {"holds": "#009E73", "open": "#555555", "fails": "#D55E00", "not measured": "#BBBBBB"}
-MARK_OF = {"holds": "o", "open": "D", "fails": "X", "not measured": ""}
+COLOUR_OF = {"holds": "#009E73", "open": "#555555", "fails": "#D55E00"}
+MARK_OF = {"holds": "o", "open": "D", "fails": "X"}
 EDGE = 1.04
 
 
@@ -126,7 +128,8 @@ TITLES = {
     "D": "Freezing units while fine-tuning",
     "E": "The alignment budget: training redundant units only",
 }
-PLURAL = {"holds": "hold", "open": "open", "fails": "fail", "not measured": "not measured"}
+PLURAL = {"holds": "hold", "open": "open", "fails": "fail"}
+PLURAL |= {"not measured": "not measured", LEFT_OUT: "left out"}
 FONT = 8.5
 COLUMNS = {"claim": -4.1, "measured": 1.12, "paper": 3.05}
 
@@ -148,7 +151,11 @@ def draw_title(ax: plt.Axes, y: float, experiment: str, verdicts: pd.Series) -> 
     "The name of an experiment, and how many of its claims hold."
     title = f"{experiment}   {TITLES.get(experiment, '')}"
     counts = verdicts.value_counts()
-    named = [f"{counts[v]} {v if counts[v] == 1 else PLURAL[v]}" for v in PLURAL if v in counts]
+    named = [
+        f"{counts[v]} {v.split(':')[0] if counts[v] == 1 else PLURAL[v]}"
+        for v in PLURAL
+        if v in counts
+    ]
     ax.text(COLUMNS["claim"], y, title, fontsize=FONT + 1, weight="bold", va="center")
     ax.text(COLUMNS["measured"], y, ", ".join(named), fontsize=FONT, weight="bold", va="center")
 
@@ -157,7 +164,8 @@ def draw_words(ax: plt.Axes, y: float, row) -> None:
     "The claim at the left, the number and the paper's at the right."
     claim = pd.Series([row.claim]).str.replace(r" \(.*?\)", "", regex=True)[0]
     indent = 0.14 if claim.startswith("…") else 0.0
-    measured = in_words(row.measured, row.low, row.high, row.unit)
+    known = row.measured == row.measured
+    measured = in_words(row.measured, row.low, row.high, row.unit) if known else row.verdict
     none = row.paper.startswith(("no such", "not reported", "implied"))
     for x, words, colour in (
         (COLUMNS["claim"] + indent, claim, "black"),
