@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    'MOST_BYTES',
     'at_least_float32',
     'answer_drift',
     'unit_drift',
     'Anchor',
-    'check_options',
     'prepare',
     'Held',
     'held_units',
-    'behaviour',
-    'in_order_of_pairs',
     'reference_of',
     'in_spreads',
     'drift_of',
@@ -28,7 +26,7 @@ __all__ = [
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-004
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +34,12 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .engine.anchors import AnchorCallback, answer_logits, check_shape, check_untrained
-from .engine.anchors import listening, shape_of, turn, without_dropout
-from .engine.batches import TokenBatch, pad_batch, run_blocks, token_batches
+from .engine.anchors import AnchorCallback, behaviour, behaviour_on_all
+from .engine.anchors import check_options, check_shape, check_untrained
+from .engine.anchors import shape_of, turn, without_dropout
+from .engine.batches import pad_batch
 from .engine.chat import encode_pairs
+from .engine.experts import refuse_held_experts
 from .engine.generation import evaluating
 from .engine.inputs import as_pairs
 from .engine.run import SsahError
@@ -103,24 +103,6 @@ class Anchor:
         self.prepare(model, tokenizer, as_pairs(refusals), system)
 
 
-# %% ../nbs/07_anchoring.ipynb #07-anchoring-011
-def check_options(options: dict, units: UnitMask | None):
-    "Raise `SsahError` for options that no anchor can have."
-    on = options["on"]
-    if on not in ("answers", "units"):
-        raise SsahError(f"unknown on={on!r}; use 'answers' or 'units'")
-    if on == "units" and not (units is not None and len(units)):
-        raise SsahError("on='units' needs the units to hold; pass a mask, e.g. units=classes.scu")
-    if on == "answers" and units is not None:
-        raise SsahError("on='answers' holds no units; leave units out, or pass on='units'")
-    for name in ("tokens", "prompts", "every"):
-        if type(options[name]) is not int or options[name] < 1:
-            raise SsahError(f"{name}={options[name]} is not a whole number of at least 1")
-    for name in ("weight", "slack"):
-        if not 0 <= options[name] < float("inf"):
-            raise SsahError(f"{name}={options[name]} is negative or not finite")
-
-
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-012
 def prepare(
     anchor: Anchor,
@@ -154,6 +136,7 @@ class Held:
 def held_units(anchor: Anchor, model: PreTrainedModel) -> list[Held]:
     "One item for each module with held units; none for an anchor on answers."
     if anchor.units is not None and model not in anchor.masks:
+        refuse_held_experts(depth_two(model)["mlp"], anchor.units.mlp)
         anchor.masks[model] = [
             Held(m.b, chosen.repeat_interleave(m.width).nonzero().squeeze(1), m.width)
             for kind, modules in depth_two(model).items()
@@ -163,50 +146,25 @@ def held_units(anchor: Anchor, model: PreTrainedModel) -> list[Held]:
     return anchor.masks.get(model, [])
 
 
-# %% ../nbs/07_anchoring.ipynb #07-anchoring-015
-def behaviour(
-    model: PreTrainedModel,
-    channels: dict[str, torch.Tensor],  # name of B -> channels of its input; empty: answers
-    batch: TokenBatch,  # refusals
-) -> list[torch.Tensor]:
-    "What an anchor holds: [response tokens, channels] of each B, or the answers' logits."
-    if not channels:
-        return [answer_logits(model, batch)]
-    with listening(model, channels, batch) as heard:
-        run_blocks(model, batch)
-    return [heard[name] for name in channels]
-
-
-# %% ../nbs/07_anchoring.ipynb #07-anchoring-017
-def in_order_of_pairs(
-    anchor: Anchor,
-    model: PreTrainedModel,
-    channels: dict[str, torch.Tensor],  # as in `behaviour`
-    change: Callable,  # what is kept of each tensor
-) -> list[torch.Tensor]:
-    "`behaviour` on all refusals, [all tokens, ...] on the CPU."
-    parts: dict[int, list[torch.Tensor]] = {}
-    with evaluating(model):
-        for batch in token_batches(anchor.encoded, 1024, model):
-            sizes = [len(anchor.encoded[row][1]) for row in batch.rows]
-            found = (change(x).cpu().split(sizes) for x in behaviour(model, channels, batch))
-            parts |= dict(zip(batch.rows, zip(*found)))
-    return [torch.cat(rows) for rows in zip(*(parts[row] for row in sorted(parts)))]
-
-
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-018
 def reference_of(anchor: Anchor, model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
-    "What is kept of the model at the start: one dict for each item of `behaviour`."
-    held = held_units(anchor, model)
+    "What is kept of the model at the start: one dict for the answers, or for each module."
+    held, encoded = held_units(anchor, model), anchor.encoded
     if not held:
-        answers = in_order_of_pairs(anchor, model, {}, lambda x: x.float().log_softmax(-1).half())
-        return [{"before": answers[0]}]
-    kept = []
-    for item in held:  # one at a time: all channels of a layer are needed for the floor
-        everything = torch.arange(model.get_submodule(item.b).in_features)
-        (x,) = in_order_of_pairs(anchor, model, {item.b: everything}, at_least_float32)
-        kept.append(in_spreads(x, item.channels))
+        log_p = behaviour_on_all(model, encoded, {}, lambda x: x.float().log_softmax(-1).half())
+        return [{"before": log_p[0]}]
+    tokens, kept = sum(len(response) for _, response in encoded), []
+    sizes = {item.b: model.get_submodule(item.b).in_features for item in held}
+    at_once = max(1, MOST_BYTES // (4 * tokens * max(sizes.values())))
+    for i in range(0, len(held), at_once):  # all channels of a layer are needed for the floor
+        part = held[i : i + at_once]
+        channels = {item.b: torch.arange(sizes[item.b]) for item in part}
+        everything = behaviour_on_all(model, encoded, channels, at_least_float32)
+        kept += [in_spreads(x, item.channels) for x, item in zip(everything, part)]
     return kept
+
+
+MOST_BYTES = 250_000_000  # of activations that are kept at once
 
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-020

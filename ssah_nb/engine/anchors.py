@@ -9,6 +9,9 @@ __all__ = [
     'without_dropout',
     'listening',
     'answer_logits',
+    'behaviour',
+    'behaviour_on_all',
+    'check_options',
     'remember_step',
     'trained_by',
     'check_untrained',
@@ -21,7 +24,7 @@ __all__ = [
 import gc
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -30,8 +33,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel, TrainerCallback
 
-from .batches import TokenBatch
+from .batches import TokenBatch, run_blocks, token_batches
 from .forward import own_forward
+from .generation import evaluating
 from .run import SsahError
 
 
@@ -101,6 +105,57 @@ def answer_logits(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
     "Logits that predict each response token, [response tokens, vocabulary], row by row."
     places = F.pad(batch.response_mask[:, 1:], (0, 1))
     return own_forward(model, batch.input_ids, batch.attention_mask, places).logits
+
+
+# %% ../../nbs/engine/anchors.ipynb #anchors-026
+def behaviour(
+    model: PreTrainedModel,  # any model
+    channels: dict[str, torch.Tensor],  # name of B -> channels of its input; empty: answers
+    batch: TokenBatch,  # refusals
+) -> list[torch.Tensor]:
+    "What an anchor holds: [response tokens, channels] of each B, or the answers' logits."
+    if not channels:
+        return [answer_logits(model, batch)]
+    with listening(model, channels, batch) as heard:
+        run_blocks(model, batch)
+    return [heard[name] for name in channels]
+
+
+def behaviour_on_all(
+    model: PreTrainedModel,  # any model
+    encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`
+    channels: dict[str, torch.Tensor],  # as in `behaviour`
+    change: Callable[[torch.Tensor], torch.Tensor],  # what is kept of each tensor
+) -> list[torch.Tensor]:
+    "`behaviour` on all pairs, in their order: [all response tokens, ...] on the CPU."
+    parts: dict[int, list[torch.Tensor]] = {}
+    with evaluating(model):
+        for batch in token_batches(encoded, 1024, model):
+            sizes = [len(encoded[row][1]) for row in batch.rows]
+            found = (change(x).cpu().split(sizes) for x in behaviour(model, channels, batch))
+            parts |= dict(zip(batch.rows, zip(*found)))
+    return [torch.cat(rows) for rows in zip(*(parts[row] for row in sorted(parts)))]
+
+
+# %% ../../nbs/engine/anchors.ipynb #anchors-029
+def check_options(
+    options: dict,  # of an anchor, by the names of its parameters
+    units,  # the mask of the units that are held, or None
+):
+    "Raise `SsahError` for options that no anchor can have."
+    on = options["on"]
+    if on not in ("answers", "units"):
+        raise SsahError(f"unknown on={on!r}; use 'answers' or 'units'")
+    if on == "units" and not (units is not None and len(units)):
+        raise SsahError("on='units' needs the units to hold; pass a mask, e.g. units=classes.scu")
+    if on == "answers" and units is not None:
+        raise SsahError("on='answers' holds no units; leave units out, or pass on='units'")
+    for name in ("tokens", "prompts", "every"):
+        if type(options[name]) is not int or options[name] < 1:
+            raise SsahError(f"{name}={options[name]} is not a whole number of at least 1")
+    for name in ("weight", "slack"):
+        if not 0 <= options[name] < float("inf"):
+            raise SsahError(f"{name}={options[name]} is negative or not finite")
 
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-014

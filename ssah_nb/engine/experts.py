@@ -26,6 +26,7 @@ __all__ = [
     'whole_experts',
     'experts_off',
     'add_answers',
+    'refuse_held_experts',
     'refuse_experts',
 ]
 
@@ -309,6 +310,15 @@ def add_answers(
     "What the experts answer, with the constants, weighted as the router weights the experts."
     _, index, weights = inputs
     return out + (answers[index] * weights[..., None]).sum(1).to(out.dtype)
+
+
+def refuse_held_experts(modules: list, chosen: torch.Tensor):  # MLPs; bool [layers, units]
+    "Raise `SsahError` when an anchor is to hold channels of experts."
+    if any(module.experts and units.any() for module, units in zip(modules, chosen)):
+        raise SsahError(
+            "an anchor cannot hold channels of experts, which not every token reaches; hold heads, "
+            "or anchor the model's answers (on='answers')"
+        )
 
 
 def refuse_experts(modules: dict[str, list]):  # modules: of each kind, one a layer

@@ -11,6 +11,7 @@ __all__ = [
     'left_padded',
     'prompt_batches',
     'greedy_tokens',
+    'begun',
     'generate',
 ]
 
@@ -24,7 +25,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import evaluation_mode
-from .chat import encode_prompts, end_of_turn, spoken_answers
+from .chat import encode_pairs, encode_prompts, end_of_turn, spoken_answers
 from .forward import context_of, reset_rotaries, sharing
 from .inputs import as_prompts
 from .limits import check_counts
@@ -148,6 +149,19 @@ def greedy_tokens(
 
 
 # %% ../../nbs/engine/generation.ipynb #generation-012
+def begun(
+    tokenizer: PreTrainedTokenizerBase,  # with a chat template
+    prompts: list[str],  # the users' words
+    system: str | None,  # system prompt; None: no system turn
+    prefill: str,  # how each answer begins; "": not begun
+) -> list[list[int]]:
+    "Token ids of each chat prompt, with the first words of the answer."
+    if not prefill.strip():
+        return encode_prompts(tokenizer, prompts, system)
+    pairs = [{"prompt": prompt, "response": prefill} for prompt in prompts]
+    return [p + q for p, q in encode_pairs(tokenizer, pairs, system, closed=False)]
+
+
 def generate(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
@@ -155,11 +169,15 @@ def generate(
     max_new_tokens: int = 24,  # tokens of a response
     system: str | None = None,  # system prompt; None: no system turn
     batch_size: int = 50,  # prompts side by side
+    prefill: str = "",  # words that each answer already begins with; what follows is returned
 ) -> list[str]:
     """The model's greedy response to each prompt, without its thought.
 
     Raises `SsahError` as `check_prompts`, and for a response that ends inside its thought."""
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    encoded = encode_prompts(tokenizer, as_prompts(prompts), system)
+    prompts = as_prompts(prompts)
+    encoded = begun(tokenizer, prompts, system, prefill)
     tokens = greedy_tokens(model, encoded, stop_ids(model, tokenizer), max_new_tokens, batch_size)
+    if prefill:
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
     return spoken_answers(tokenizer, tokens)

@@ -28,11 +28,12 @@ from torch import nn
 def parts_of_training(
     pairs: list[dict],  # all pairs
     max_epochs: float,  # passes at most, 1 or more
+    extra: list[dict] | None = None,  # further pairs that are mixed in
 ) -> tuple[list[list[dict]], int]:
     "The pairs of each part, a whole pass and then eighths of one; how many parts make a pass."
     n = min(8, len(pairs))
-    more = round(n * (max_epochs - 1))
-    return [pairs, *(pairs[i % n :: n] for i in range(more))], n
+    more, extra = round(n * (max_epochs - 1)), extra or []
+    return [pairs + extra, *(pairs[i % n :: n] + extra[i % n :: n] for i in range(more))], n
 
 
 # %% ../../nbs/engine/matched.ipynb #matched-008
@@ -92,14 +93,16 @@ def finetune_until(
     ema: float = 0.0,  # decay of an average of the weights, which then replaces them; 0: none
     lr: float = 1e-4,  # peak learning rate of the first pass; half of it later
     seed: int = 0,  # seed of the order
-    **training,  # batch_size and max_response of `finetune`
+    extra: Iterable[dict] = (),  # pairs that are mixed in, and are no part of the perplexity
+    **training,  # of `finetune`, e.g. batch_size, max_response, anchor
 ) -> dict:
     "{epochs, training_perplexity, reached, optimizer_mb, seconds}: passes, what they reached."
     check_amounts(max_epochs=max_epochs, target=1 if target is None else target)
     check_shares(ema=ema)
     pairs, seconds, now = as_pairs(pairs), 0.0, math.inf
+    extra = as_pairs(extra, at_least=0)
     trained = [p for p in model.parameters() if p.requires_grad]
-    parts, n = parts_of_training(pairs, max_epochs)
+    parts, n = parts_of_training(pairs, max_epochs, extra)
     for i, part in enumerate(parts):
         before, last = [p.detach().clone() for p in trained] if i else [], now
         options = {"lr": lr / 2 if i else lr, "seed": seed + i} | training

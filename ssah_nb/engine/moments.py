@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = [
     'Moments',
+    'of_pieces',
+    'in_one_kernel',
     'add_tokens',
     'ChannelMoments',
     'piece_rows',
@@ -19,6 +21,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/moments.ipynb #moments-002
+import itertools
 import torch
 from accelerate.utils import align_module_device
 from collections.abc import Callable, Iterable, Iterator
@@ -58,20 +61,42 @@ class Moments:
 
 
 # %% ../../nbs/engine/moments.ipynb #moments-006
+def of_pieces(
+    pieces: Iterable[torch.Tensor],  # each [tokens, channels], any float dtype
+    near: torch.Tensor | None,  # [channels]: a mean to start from; None: the first piece's
+) -> Moments:
+    "The moments of some tokens, in three passes over each piece while it is in the cache."
+    n, s, ss, shift = 0, 0.0, 0.0, near
+    for x in pieces:
+        if shift is None:  # near the mean, so Σd² − (Σd)²/n does not cancel
+            shift = x.float().mean(0)
+        d = x - shift  # float32, a copy: x belongs to the model
+        n, s, ss = n + len(x), s + d.sum(0).double(), ss + d.square_().sum(0).double()
+    if not n:
+        return Moments()
+    return Moments(n, shift.double() + s / n, (ss - s.square() / n).clamp_min_(0))
+
+
+def in_one_kernel(x: torch.Tensor) -> Moments:  # [tokens, channels], any float dtype
+    "The moments of some tokens by Welford's algorithm: few, large kernels, as a GPU likes them."
+    variance, mean = torch.var_mean(x.float(), 0, correction=0)
+    return Moments(len(x), mean.double(), variance.double() * len(x))
+
+
 def add_tokens(
     moments: Moments,  # changed in place
     pieces: Iterable[torch.Tensor],  # each [tokens, channels], any float dtype
 ):
     "Take in more tokens."
-    n, s, ss = 0, 0.0, 0.0
-    for x in pieces:
-        if not n:  # near the mean, so Σd² − (Σd)²/n does not cancel
-            shift = moments.mean.float() if moments.count else x.float().mean(0)
-        d = x - shift  # float32, a copy: x belongs to the model
-        n, s, ss = n + len(x), s + d.sum(0).double(), ss + d.square_().sum(0).double()
-    if not n:
+    pieces = iter(pieces)
+    first = next(pieces, None)
+    if first is None:
         return
-    new = Moments(n, shift.double() + s / n, (ss - s.square() / n).clamp_min_(0))
+    pieces = itertools.chain([first], pieces)
+    if first.is_cuda:
+        new = sum(map(in_one_kernel, pieces), Moments())
+    else:
+        new = of_pieces(pieces, moments.mean.float() if moments.count else None)
     merged = moments + new
     moments.count, moments.mean, moments.m2 = merged.count, merged.mean, merged.m2
 
@@ -105,8 +130,8 @@ class ChannelMoments(Moments):
 
 # %% ../../nbs/engine/moments.ipynb #moments-010
 def piece_rows(x: torch.Tensor) -> int:  # [rows, columns]
-    "How many rows the cache of a GPU, or of a CPU core, holds in float32."
-    return max(1, (1 << (23 if x.is_cuda else 18)) // x.shape[1])
+    "How many rows the cache of a CPU core holds in float32; a GPU takes more at once."
+    return max(1, (1 << (25 if x.is_cuda else 18)) // x.shape[1])
 
 
 def pieces(

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'Masters',
     'mixed_precision',
     'gradients_to',
     'training_batches',
@@ -135,6 +136,10 @@ class Stepper:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
+        self.follow()
+
+    def follow(self):
+        "Bring the weights to where their masters are."
         for p, master in self.rounded:
             p.detach().copy_(master)
         torch.clear_autocast_cache()  # it holds the weights from before the step
@@ -147,6 +152,9 @@ class Stepper:
 
 
 # %% ../../nbs/engine/training.ipynb #training-008
+Masters = dict[torch.nn.Parameter, torch.nn.Parameter]  # {trained: its float32 master}
+
+
 def optimize(
     model: PreTrainedModel,  # trained in place, whatever of it has requires_grad
     batches: list[list[int]],  # the rows of each step
@@ -155,6 +163,8 @@ def optimize(
     after_step: Callable[[], None] | None = None,  # called after each step, e.g. to average weights
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
     anchor=None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
+    before_step: Callable[[Masters], None] | None = None,  # called when the gradients are there
+    correct_step: Callable[[Masters], None] | None = None,  # may change what a step has made
 ) -> pd.DataFrame:
     """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]` and `attrs["seconds"]`.
 
@@ -177,7 +187,12 @@ def optimize(
                     f"the training loss is {losses[-1]} at step {len(losses) - 1}; "
                     f"lower lr (now {lr}) or check the weights"
                 )
+            if before_step:
+                before_step(stepper.masters)
             stepper.step()
+            if correct_step:
+                correct_step(stepper.masters)
+                stepper.follow()
             if after_step:
                 after_step()
     model.eval()
@@ -201,6 +216,9 @@ def finetune(
     after_step: Callable[[], None] | None = None,  # called after each step
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
     anchor=None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
+    before_step: Callable[[Masters], None] | None = None,  # as in `optimize`
+    correct_step: Callable[[Masters], None] | None = None,  # as in `optimize`
+    token_losses: Callable | None = None,  # (losses [tokens], their pairs) -> losses to train on
 ) -> pd.DataFrame:
     """Train on the response tokens: `optimize` with their mean loss, nats per token.
 
@@ -216,9 +234,13 @@ def finetune(
     def part_losses(rows):
         tokens = sum(len(encoded[r][1]) for r in rows)
         for part in token_batches([encoded[r] for r in rows], max_tokens, model):
-            yield response_losses(model, part).sum() / tokens
+            losses = response_losses(model, part)
+            if token_losses:
+                losses = token_losses(losses, [encoded[rows[row]] for row in part.rows])
+            yield losses.sum() / tokens
 
-    return optimize(model, batches, part_losses, lr, after_step, mixed, anchor)
+    hooks = {"before_step": before_step, "correct_step": correct_step}
+    return optimize(model, batches, part_losses, lr, after_step, mixed, anchor, **hooks)
 
 
 # %% ../../nbs/engine/training.ipynb #training-010
