@@ -148,3 +148,21 @@ def test_stop_ids_know_the_end_of_the_turn():
     assert stop_ids(model, tokenizer) == [3, 256]
     model.generation_config.eos_token_id = None
     assert stop_ids(model, tokenizer) == [256]
+
+
+def test_a_prefilled_answer_goes_on_from_its_first_words():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts, opening = ["Open box 1", "Hi"], "Sure, here"
+    found = generate(model, tokenizer, prompts, max_new_tokens=5, prefill=opening)
+    for prompt, said in zip(prompts, found):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        ids = torch.tensor([tokenizer(ids + opening, add_special_tokens=False).input_ids])
+        for _ in range(5):  # greedy, one token at a time, without a cache
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        assert said == tokenizer.decode(ids[0, -5:], skip_special_tokens=True)
+    assert generate(model, tokenizer, prompts, 5, prefill=" ") == generate(
+        model, tokenizer, prompts, 5
+    )
