@@ -10,21 +10,29 @@ __all__ = [
     'outside_units',
     'freeze',
     'merge',
+    'scu_and_cu',
+    'scu_and_top_cu',
+    'as_many',
     'sn_tune_units',
     'safety_layer_units',
+    'gradient_units',
+    'sn_tune',
+    'safety_layers',
+    'mask_of',
     'frozen_units',
-    'learning',
     'train_way',
     'shares_of',
+    'train_case',
     'finetune_protected',
 ]
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-014
 import torch
+from functools import partial
 from .attribution import Importance
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from .units import unit_linears, Scores, UnitMap, UnitMask, check_mask, depth_two
+from .units import Scores, UnitMap, UnitMask, check_mask, depth_two
 from .engine.expert_parts import frozen_in_experts
 from .engine.inputs import as_pairs
 from .engine.limits import check_amounts, check_seed
@@ -33,12 +41,9 @@ from .engine.parts import check_trains, mark, outside
 from .engine.parts import replace, split_all, split_linears
 from .engine.run import SsahError
 from torch import nn
-from ssah_nb.engine.adapters import (
-    linears_to_split,
-    project_safe_lora,
-    safe_lora_start,
-    with_adapter,
-)
+from .engine.adapters import linears_to_split, with_adapter
+from .engine.holding import unit_gradients
+from .engine.ways import OTHERS, WAYS, Case, Way, changes_of, finished, way_of
 from .classes import top_units
 
 
@@ -121,22 +126,37 @@ def merge(
 
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-050
-WAYS = {  # name -> what is done, and whose idea it is
-    "full": "all weights are trained",
-    "scu_top_cu": "SCU and the top CU frozen (the paper)",
-    "scu_all_cu": "SCU and all CU frozen (the paper)",
-    "random": "as many random units as in SCU + all CU frozen (control)",
-    "random_per_layer": "the same, with as many in each layer (control)",
-    "sn_tune": "0.4 % of the unit parameters frozen, by Î_S without foundation units "
-    "(RSN-Tune, Zhao et al. 2025, OpenReview yR47RmND1m)",
-    "sn_tune_our_size": "the same, as many parameters as SCU + all CU",
-    "safety_layers": "all units of contiguous layers frozen, about as many as SCU + all CU "
-    "(Li et al. 2024, arXiv 2408.17003)",
-    "lora": "a LoRA adapter is trained and merged (Hu et al. 2021, arXiv 2106.09685)",
-    "safe_lora": "the same, then projected onto what alignment changed "
-    "(Hsu et al. 2024, arXiv 2405.16833)",
-    "ema": "all weights are trained, and replaced by their exponential moving average",
-    "low_lr": "all weights are trained at a tenth of the learning rate",
+def scu_and_cu(case: Case) -> UnitMask:
+    "SCU and all CU."
+    return case.units.scu | case.units.cu
+
+
+def scu_and_top_cu(case: Case) -> UnitMask:
+    "SCU and the top CU."
+    return case.units.scu | case.units.top_cu(case.top_cu)
+
+
+def as_many(chosen: Callable, **options) -> Callable:
+    "A function of a case: as many random units as another function of it freezes."
+    return lambda case: chosen(case).random_like(case.seed, **options)
+
+
+# %% ../nbs/06_freezing.ipynb #06-freezing-w01
+WAYS |= {
+    "full": Way("all weights are trained"),
+    "scu_top_cu": Way("SCU and the top CU frozen", "the paper", freezes=scu_and_top_cu),
+    "scu_all_cu": Way("SCU and all CU frozen", "the paper", freezes=scu_and_cu),
+    "random": Way(
+        "as many random units as in SCU + all CU frozen", "control", freezes=as_many(scu_and_cu)
+    ),
+    "random_per_layer": Way(
+        "the same, with as many in each layer",
+        "control",
+        freezes=as_many(scu_and_cu, per_layer=True),
+    ),
+    "random_top_cu": Way(
+        "as many random units as in SCU + top CU frozen", "control", freezes=as_many(scu_and_top_cu)
+    ),
 }
 
 
@@ -169,7 +189,61 @@ def safety_layer_units(
     return chosen
 
 
+# %% ../nbs/06_freezing.ipynb #06-freezing-w03
+def gradient_units(
+    case: Case,  # with a model and refusals
+    share: float = 0.075,  # of all unit parameters
+) -> UnitMask:
+    "The units at which the refusal loss pulls most."
+    batches = case.refusal_batches()
+    found = unit_gradients(case.model, depth_two(case.model), batches)
+    return top_units(Scores(**found), share, case.safety.info)
+
+
+# %% ../nbs/06_freezing.ipynb #06-freezing-w04
+def sn_tune(share: float | None) -> Callable:  # None: as many parameters as SCU + all CU
+    "A function of a case: the units of SN-Tune."
+    size = lambda case: share or case.units.share(scu_and_cu(case))["unit_parameters"]
+    return lambda case: sn_tune_units(case.safety, case.utility, size(case))
+
+
+def safety_layers(case: Case) -> UnitMask:
+    "Contiguous layers of the size of SCU + all CU."
+    return safety_layer_units(case.units, case.units.share(scu_and_cu(case))["unit_parameters"])
+
+
+# %% ../nbs/06_freezing.ipynb #06-freezing-w05
+WAYS |= {
+    "sn_tune": Way(
+        "0.4 % of the unit parameters frozen, by Î_S without foundation units",
+        "RSN-Tune, Zhao et al. 2025, OpenReview yR47RmND1m",
+        freezes=sn_tune(0.004),
+    ),
+    "sn_tune_our_size": Way("the same, as many parameters as SCU + all CU", freezes=sn_tune(None)),
+    "safety_layers": Way(
+        "all units of contiguous layers frozen, about as many as SCU + all CU",
+        "Li et al. 2024, arXiv 2408.17003",
+        freezes=safety_layers,
+    ),
+    "gradient_mask": Way(
+        "the units with the largest gradient of the refusal loss frozen, 7.5 %",
+        "after Safety-WaRP, github.com/min-seong-kim/Safety-WaRP-LLM",
+        freezes=gradient_units,
+    ),
+}
+WAYS |= OTHERS
+
+
 # %% ../nbs/06_freezing.ipynb #06-freezing-057
+def mask_of(case: Case) -> UnitMask:
+    "The units that the way of a case freezes; maybe none. Raises `SsahError`."
+    way = way_of(case.way)
+    mask = way.freezes(case) if way.freezes else case.units.scu - case.units.scu
+    if not isinstance(mask, UnitMask):
+        raise SsahError(f"freezes of {case.way} gave a {type(mask).__name__}; return a UnitMask")
+    return mask
+
+
 def frozen_units(
     way: str,  # a key of WAYS
     units: UnitMap,  # the classes of the aligned model
@@ -177,49 +251,50 @@ def frozen_units(
     utility: Importance,  # that they come from
     top_cu: float = 0.06,  # share of all units, of "scu_top_cu"
     seed: int = 0,  # of the random sets
+    **more,  # of `Case`: "gradient_mask" needs model, tokenizer and refusals
 ) -> UnitMask:
     "The units that a way freezes; maybe none. Raises `SsahError` for an unknown way."
     check_seed(seed)
-    if way not in WAYS:
-        raise SsahError(f"unknown way {way!r}; use one of {', '.join(WAYS)}")
-    ours = units.scu | units.cu
-    share = units.share(ours)["unit_parameters"]
-    if way == "scu_top_cu":
-        return units.scu | units.top_cu(top_cu)
-    if way == "scu_all_cu":
-        return ours
-    if way in ("random", "random_per_layer"):
-        return ours.random_like(seed, per_layer=way == "random_per_layer")
-    if way.startswith("sn_tune"):
-        return sn_tune_units(safety, utility, 0.004 if way == "sn_tune" else share)
-    return safety_layer_units(units, share) if way == "safety_layers" else ours - ours
-
-
-# %% ../nbs/06_freezing.ipynb #06-freezing-062
-def learning(way: str, lr: float, lora_lr: float) -> dict:
-    "What a way changes about training. Raises `SsahError` for a rate that is no finite number."
-    check_amounts(lr=lr, lora_lr=lora_lr)
-    factor = lora_lr if "lora" in way else 0.1 if way == "low_lr" else 1.0
-    return {"lr": factor * lr, "ema": 0.95 if way == "ema" else 0.0}
+    return mask_of(Case(way, units, safety, utility, top_cu, seed, **more))
 
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-064
-def train_way(way, model, tokenizer, pairs, mask, lora, training) -> tuple[PreTrainedModel, dict]:
+def train_way(case: Case, mask: UnitMask, training: dict) -> tuple[PreTrainedModel, dict]:
     "Adapter or freezing on, training, and off again: an ordinary model, and what was done."
-    if "lora" in way:
-        model = with_adapter(model, training["seed"], lora or {})
+    model, changes = case.model, changes_of(case, case.model)
+    adapter, finish = (changes.pop(name, None) for name in ("adapter", "finish"))
+    training = training | {"lr": changes.pop("lr_factor", 1.0) * training["lr"]}
+    if adapter is not None:
+        model = with_adapter(model, case.seed, adapter)
     if len(mask):
         freeze(model, mask)
-    done = finetune_until(model, tokenizer, pairs, **training)
+    for name in changes.keys() & {"before_step", "correct_step"}:
+        changes[name] = partial(changes[name], model)
+    done = finetune_until(model, case.tokenizer, case.pairs, **training, **changes)
     if len(mask):
         merge(model)
-    return (model.merge_and_unload() if "lora" in way else model), done
+    if adapter is not None:
+        model = model.merge_and_unload()
+    return model, done | finished(case, model, finish, training)
 
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-066
 def shares_of(units: UnitMap, mask: UnitMask) -> dict[str, float]:
     "How much is frozen, as columns of a table."
     return {f"frozen_{of}": share for of, share in units.share(mask).items()}
+
+
+# %% ../nbs/06_freezing.ipynb #06-freezing-w07
+def train_case(case: Case, pairs: Iterable[dict], training: dict) -> tuple[PreTrainedModel, dict]:
+    "Check what was given, freeze and train: an ordinary model, and what was done."
+    check_seed(case.seed)
+    way_of(case.way)
+    case.pairs, case.max_response = as_pairs(pairs), training.get("max_response")
+    if case.refusals is not None:
+        case.refusals = as_pairs(case.refusals)
+    case.modules, mask = depth_two(case.model), mask_of(case)
+    model, done = train_way(case, mask, training)
+    return model, {"frozen": len(mask)} | shares_of(case.units, mask) | done
 
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-068
@@ -238,12 +313,11 @@ def finetune_protected(
     lora_lr: float = 10.0,  # times the learning rate, for an adapter
     lr: float = 1e-4,  # peak learning rate
     seed: int = 0,  # of the order and the random sets
+    refusals: Iterable[dict] | None = None,  # calibration refusals, for ways that need them
     **training,  # max_epochs of `finetune_until`; batch_size and max_response of `finetune`
 ) -> tuple[PreTrainedModel, dict]:
     "Fine-tune in one way: an ordinary model, and what was done. Raises `SsahError`."
-    training |= learning(way, lr, lora_lr) | {"target": target, "seed": seed}
-    pairs, mask = as_pairs(pairs), frozen_units(way, units, safety, utility, top_cu, seed)
-    start = safe_lora_start(way, model, unaligned, unit_linears(model))
-    model, done = train_way(way, model, tokenizer, pairs, mask, lora, training)
-    done |= project_safe_lora(model, start, tokenizer, pairs, training)
-    return model, {"frozen": len(mask)} | shares_of(units, mask) | done
+    check_amounts(lr=lr, lora_lr=lora_lr)
+    given = {"refusals": refusals, "unaligned": unaligned, "lora": lora, "lora_lr": lora_lr}
+    case = Case(way, units, safety, utility, top_cu, seed, model, tokenizer, **given)
+    return train_case(case, pairs, training | {"lr": lr, "target": target, "seed": seed})

@@ -10,6 +10,7 @@ from helpers_freezing import adamw, same, snapshot, train
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ssah_nb.anchoring import Anchor
 from ssah_nb.attribution import Importance, importance
 from ssah_nb.classes import classify, prune, pruned
 from ssah_nb.engine.chat import encode_pairs
@@ -325,3 +326,13 @@ def test_an_optimizer_from_before_is_refused():
     model(IDS, labels=IDS).loss.backward()
     with pytest.raises(SsahError, match="built before freeze or merge"):
         optimizer.step()
+
+
+def test_an_anchor_holds_no_channels_of_experts():
+    model = tiny_model("mixtral")
+    mask = half(model)
+    with pytest.raises(SsahError, match="an anchor cannot hold channels of experts") as error:
+        Anchor(model, TOKENIZER, PAIRS, on="units", units=mask)
+    one_line(error)
+    Anchor(model, TOKENIZER, PAIRS)
+    Anchor(model, TOKENIZER, PAIRS, on="units", units=mask - UnitMask(mask.mlp, ~mask.attention))

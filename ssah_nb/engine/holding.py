@@ -36,7 +36,7 @@ from .anchors import listening, turn, without_dropout
 from .batches import TokenBatch, evaluation_mode, pad_batch
 from .batches import response_losses, run_blocks, token_batches
 from .chat import encode_pairs
-from .experts import expert_rows, refuse_experts, sizes
+from .experts import expert_rows, sizes
 from .forward import context_of, own_forward
 from .generation import evaluating
 from .moments import sums_of_rows
@@ -206,7 +206,11 @@ class InputProjection:
         batches: list[TokenBatch],  # refusals; their prompts count
         energy: float = ENERGY,  # share of the inputs' squared length
     ):
-        refuse_experts(modules)
+        if any(m.experts for layers in modules.values() for m in layers):
+            raise SsahError(
+                "updates of fused experts cannot be projected, since each expert has inputs of its "
+                "own; choose another way for a mixture of experts"
+            )
         groups = same_input(modules)
         self.directions: dict[str, torch.Tensor] = {}  # of each linear, U
         with evaluating(model), torch.autocast(model.device.type, enabled=False):

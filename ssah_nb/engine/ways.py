@@ -11,6 +11,7 @@ __all__ = [
     'Case',
     'way_of',
     'changes_of',
+    'finished',
     'lora',
     'safe_lora',
     'replay',
@@ -37,6 +38,7 @@ from .forward import context_of
 from .holding import Constrained, HiddenAnchor, InputProjection, SafetyTrigger
 from .inputs import as_pairs
 from .run import SsahError
+from .training import training_perplexity
 
 
 # %% ../../nbs/engine/ways.ipynb #ways-005
@@ -102,7 +104,10 @@ class Case:
 
     def refusal_batches(self) -> list[TokenBatch]:
         "The refusals as tokens."
-        refusals, longest = self.needed_refusals(), context_of(self.model)
+        refusals = self.needed_refusals()
+        if self.model is None or self.tokenizer is None:
+            raise SsahError(f"{self.way} needs the model and its tokenizer; pass both")
+        longest = context_of(self.model)
         encoded = encode_pairs(self.tokenizer, refusals, None, self.max_response, longest)
         return list(token_batches(encoded, 1024, self.model))
 
@@ -127,6 +132,22 @@ def changes_of(
     if unknown := ", ".join(sorted(changes.keys() - CHANGES.keys())):
         raise SsahError(f"{case.way} changes {unknown}; use keys of CHANGES: {', '.join(CHANGES)}")
     return changes
+
+
+# %% ../../nbs/engine/ways.ipynb #ways-w02
+def finished(
+    case: Case,  # of the way
+    model: PreTrainedModel,  # trained, an ordinary model again
+    finish: Callable | None,  # (model) -> anything; None: nothing is done
+    training: dict,  # options of `finetune_until`
+) -> dict:
+    "What a way does after training, and what is left of it; {} when it does nothing."
+    if finish is None:
+        return {}
+    finish(model)
+    longest, target = training.get("max_response"), training.get("target")
+    now = training_perplexity(model, case.tokenizer, case.pairs, longest)
+    return {"training_perplexity": now, "reached": target is None or now <= target}
 
 
 # %% ../../nbs/engine/ways.ipynb #ways-013

@@ -24,17 +24,26 @@ LABELS = {
     "safe_lora": "SafeLoRA",
     "ema": "average of weights (EMA)",
     "low_lr": "a tenth of the learning rate",
+    "gradient_mask": "gradient mask, 7.5 %",
+    "replay": "replay of 16 refusals",
+    "constrained_sft": "constrained SFT",
+    "anchor_answers": "anchor on answers",
+    "anchor_units": "anchor on SCU",
+    "anchor_hidden": "anchor on the last hidden state",
+    "project_inputs": "updates off harmful inputs",
+    "safety_triggered": "triggered projection",
 }
 
 
 def label(
     way: str,  # a key of `WAYS` in chapter 6
-    share: float = 0.0,  # of all units: the top CU of "scu_top_cu"
+    share: float = 0.0,  # of all units: the top CU of "scu_top_cu" and its control
 ) -> str:
     "What a way is called in tables."
-    if way != "scu_top_cu":
-        return LABELS[way]
-    return f"SCU + top {share:.0%} CU frozen" if share else "SCU frozen"
+    chosen = f"SCU + top {share:.0%} CU" if share else "SCU"
+    if way == "random_top_cu":
+        return f"{LABELS['random']}, size of {chosen}"
+    return f"{chosen} frozen" if way == "scu_top_cu" else LABELS.get(way, way)
 
 
 # %% ../../../nbs/engine/drawings/freezing.ipynb #drawings-freezing-007
@@ -58,7 +67,7 @@ def frozen_curve(
 ) -> pd.DataFrame:
     "The rows of the curve and of its control, with the interval of attack success."
     ours = table.model.str.startswith(("full", "SCU"))
-    control = table.model == LABELS["random"]
+    control = table.model.str.match(f"{LABELS['random']}($|, size of)")
     rows = pd.concat([table[ours].assign(set="SCU + top CU"), table[control].assign(set="random")])
     columns = ["set", "model", "frozen_units"]
     columns += ["attack_success", "attack_success_low", "attack_success_high"]
