@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'MOST_BYTES',
+    'WAYS',
     'at_least_float32',
     'answer_drift',
     'unit_drift',
@@ -22,6 +23,7 @@ __all__ = [
     'anchor_report',
     'save_anchor',
     'load_anchor',
+    'anchored',
 ]
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-004
@@ -44,6 +46,7 @@ from .engine.generation import evaluating
 from .engine.inputs import as_pairs
 from .engine.run import SsahError
 from .engine.tensors import load_tensors, save_tensors
+from .engine.ways import WAYS, Case, Way
 from .units import UnitMask, check_mask, depth_two
 
 
@@ -310,3 +313,26 @@ def load_anchor(folder: str | Path) -> Anchor:  # what `save` wrote
 
 
 Anchor.load = staticmethod(load_anchor)
+
+
+# %% ../nbs/07_anchoring.ipynb #07-anchoring-w02
+def anchored(case: Case, model: PreTrainedModel, **options) -> dict:
+    "A step's loss is joined by that of an anchor with these options."
+    options |= {"seed": case.seed}
+    return {"anchor": Anchor(model, case.tokenizer, case.needed_refusals(), **options)}
+
+
+WAYS |= {
+    "anchor_answers": Way(
+        "the first words of the answers to harmful prompts are held",
+        "chapter 7",
+        r"L + 0.3 \cdot \mathrm{KL}(p_0 \Vert p) \text{ on one of } R \text{ a step}",
+        trains=lambda case, model: anchored(case, model, prompts=1, weight=0.3),
+    ),
+    "anchor_units": Way(
+        "what the SCU say on refusals is held",
+        "chapter 7",
+        r"L + \operatorname{mean}_j ((X_j - X_j^0) / s_j)^2 \text{ on four of } R \text{ a step}",
+        trains=lambda case, model: anchored(case, model, on="units", units=case.units.scu),
+    ),
+}

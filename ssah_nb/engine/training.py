@@ -11,6 +11,7 @@ __all__ = [
     'rate_share',
     'backward_parts',
     'Stepper',
+    'check_loss',
     'optimize',
     'finetune',
     'training_perplexity',
@@ -155,6 +156,15 @@ class Stepper:
 Masters = dict[torch.nn.Parameter, torch.nn.Parameter]  # {trained: its float32 master}
 
 
+def check_loss(losses: list[float], lr: float):  # losses: of all steps so far
+    "Raise `SsahError` when the last loss is no finite number."
+    if not math.isfinite(losses[-1]):
+        raise SsahError(
+            f"the training loss is {losses[-1]} at step {len(losses) - 1}; "
+            f"lower lr (now {lr}) or check the weights"
+        )
+
+
 def optimize(
     model: PreTrainedModel,  # trained in place, whatever of it has requires_grad
     batches: list[list[int]],  # the rows of each step
@@ -182,11 +192,7 @@ def optimize(
             if anchor:
                 anchor.loss(model).backward()
             losses.append(backward_parts(part_losses(rows)))
-            if not math.isfinite(losses[-1]):
-                raise SsahError(
-                    f"the training loss is {losses[-1]} at step {len(losses) - 1}; "
-                    f"lower lr (now {lr}) or check the weights"
-                )
+            check_loss(losses, lr)
             if before_step:
                 before_step(stepper.masters)
             stepper.step()
