@@ -46,7 +46,8 @@ from .engine.generation import evaluating
 from .engine.inputs import as_pairs
 from .engine.run import SsahError
 from .engine.tensors import load_tensors, save_tensors
-from .engine.ways import WAYS, Case, Way
+from .engine.ways import Case, Way
+from .freezing import WAYS
 from .units import UnitMask, check_mask, depth_two
 
 

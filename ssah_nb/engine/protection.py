@@ -9,6 +9,7 @@ __all__ = [
     'CONDITIONS',
     'Asked',
     'unused_prompts',
+    'even_sample',
     'asked_of',
     'first_words',
     'Judging',
@@ -73,6 +74,11 @@ def unused_prompts(
     return [prompt for prompt in prompts if prompt not in used]
 
 
+def even_sample(pairs: list[dict], most: int) -> list[dict]:
+    "At least so many of the pairs, evenly spread; all where there are fewer."
+    return pairs[:: max(1, len(pairs) // most)]
+
+
 def asked_of(
     splits: Splits,  # of the run
     calibration: Iterable[dict],  # pairs that attribution and the anchors use
@@ -82,15 +88,13 @@ def asked_of(
     unused = unused_prompts(splits, calibration)
     kept = max(0, len(unused) - sizes["poison"])
     second = splits.pairs.get(("harmful", "evaluate_second"), [])
-    attack = splits["benign", "attack"]
-    every = max(1, len(attack) // sizes["training"])
     evaluate = [pair["prompt"] for pair in splits["harmful", "evaluate"]]
     return Asked(
         harmful=evaluate[: sizes["evaluate"]] + unused[:kept][: sizes["further"]],
         second=[pair["prompt"] for pair in second[: sizes["second"]]],
         benign=splits["benign", "evaluate"][: sizes["benign"]],
         contrast=contrast_prompts()[0][: sizes["contrast"]],
-        training=attack[::every],
+        training=even_sample(splits["benign", "attack"], sizes["training"]),
         poison=unused[kept:],
     )
 
@@ -175,8 +179,9 @@ def outcomes_of(
         kept[f"prefilled_{tokens}"], _ = answered(*at_hand, some, judging, words)
     kept["benign_losses"] = losses_of(*at_hand, asked.benign, judging.max_response)
     kept["training_losses"] = losses_of(*at_hand, asked.training, judging.max_trained)
-    pairs = {name: list(zip(getattr(asked, name), said[name])) for name in said if name != "benign"}
-    save_completions(completions, **pairs, benign=list(zip(benign, said["benign"])))
+    harmful = zip(asked.harmful + asked.second, said["harmful"] + said["second"])
+    harmless = zip(benign + asked.contrast, said["benign"] + said["contrast"])
+    save_completions(completions, harmful=harmful, benign=harmless)
     return kept
 
 
