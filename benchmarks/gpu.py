@@ -56,7 +56,7 @@ def random_model(shape: str, device: str) -> PreTrainedModel:
 
 
 def seconds(run, device: str, repeats: int) -> float:
-    "Median wall seconds of a run, after one that is not counted."
+    "Mean wall seconds of a run, after one that is not counted."
     taken = []
     for _ in range(repeats + 1):
         if device == "cuda":
@@ -66,7 +66,7 @@ def seconds(run, device: str, repeats: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+    return statistics.mean(taken[1:])
 
 
 def peak_gb(device: str, reset: bool = False) -> float:
@@ -91,16 +91,19 @@ def attribution(model: PreTrainedModel, options: argparse.Namespace) -> list[dic
     ids = torch.randint(0, 256, (options.rows, options.tokens), device=device)
     all_tokens = torch.ones_like(ids)
     batch = TokenBatch(ids, all_tokens, all_tokens.bool(), list(range(len(ids))))
+    batches = [batch] * options.batches
+    tokens = ids.numel() * options.batches
 
     @torch.no_grad()
     def forward():
-        decoder(model)(input_ids=ids, attention_mask=all_tokens, use_cache=False)
+        for _ in batches:
+            decoder(model)(input_ids=ids, attention_mask=all_tokens, use_cache=False)
 
     def score():
-        collect_moments(model, depth_two(model), [batch], METHODS["flap"])
+        collect_moments(model, depth_two(model), batches, METHODS["flap"])
 
     head = model.get_output_embeddings().weight.numel()
-    flops = 2 * (linear_parameters(model) - head) * ids.numel()
+    flops = 2 * (linear_parameters(model) - head) * tokens
     rows = []
     for name, run in {"forward": forward, "attribution": score}.items():
         peak_gb(device, reset=True)
@@ -109,7 +112,7 @@ def attribution(model: PreTrainedModel, options: argparse.Namespace) -> list[dic
             {
                 "what": name,
                 "seconds": taken,
-                "tokens_per_second": ids.numel() / taken,
+                "tokens_per_second": tokens / taken,
                 "of_matmul_rate": flops / taken / rate,
                 "peak_gb": peak_gb(device),
                 "ratio": taken / (rows[0]["seconds"] if rows else taken),
@@ -153,12 +156,13 @@ def frozen_step(f: float, options: argparse.Namespace) -> dict:
     return {"what": f"training step, f = {f:.2f}", "f": f} | stepped(model, options)
 
 
-def anchored_step(prompts: int, options: argparse.Namespace) -> dict:
-    "A training step with an anchor on answers that looks at so many refusals."
+def anchored_step(how: tuple[int, int], options: argparse.Namespace) -> dict:
+    "A training step with an anchor on answers: so many refusals, at every so manieth step."
+    prompts, every = how
     model = random_model(options.shape, options.device)
     refusals = [{"prompt": f"Open box {i} " * 8, "response": "I am sorry."} for i in range(32)]
-    anchor = Anchor(model, tiny_tokenizer(), refusals, prompts=prompts, slack=0.0)
-    what = f"training step, anchored on {prompts}"
+    anchor = Anchor(model, tiny_tokenizer(), refusals, prompts=prompts, every=every, slack=0.0)
+    what = f"training step, anchored on {prompts} every {every}"
     return {"what": what, "prompts": prompts} | stepped(model.train(), options, anchor)
 
 
@@ -188,8 +192,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--shares", type=float, nargs="+", default=[0.0, 0.28, 0.80], help="frozen shares f")
     add("--prompts", type=int, nargs="*", default=[1, 4], help="refusals of an anchored step")
     add("--rows", type=int, default=4, help="rows of a batch")
+    add("--batches", type=int, default=8, help="batches of a pass and of an attribution")
     add("--tokens", type=int, default=512, help="tokens of a row")
-    add("--repeats", type=int, default=5)
+    add("--repeats", type=int, default=6)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; use --device cpu --shape tiny to try the script")
@@ -203,7 +208,9 @@ def main(arguments: list[str] | None = None):
     rows = attribution(model, options)
     del model
     steps = [(frozen_step, f) for f in options.shares]
-    for step, how in steps + [(anchored_step, n) for n in options.prompts]:
+    for step, how in steps + [
+        (anchored_step, (n, every)) for n in options.prompts for every in (1, 2)
+    ]:
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
