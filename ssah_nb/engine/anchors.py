@@ -17,6 +17,8 @@ __all__ = [
     'check_untrained',
     'shape_of',
     'check_shape',
+    'Drift',
+    'named_units',
     'AnchorCallback',
 ]
 
@@ -26,7 +28,9 @@ import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -208,6 +212,27 @@ def check_shape(
         raise SsahError(
             f"this anchor belongs to another model ({', '.join(wrong)}); build one on this model"
         )
+
+
+# %% ../../nbs/engine/anchors.ipynb #anchors-032
+@dataclass(frozen=True)
+class Drift:
+    "How far a model has moved on the refusals."
+
+    tokens: pd.DataFrame  # [token, drift]: nats, or mean squared deviations of the held units
+    units: pd.DataFrame | None  # [kind, layer, unit, drift], of an anchor on units
+
+    @property
+    def mean(self) -> float:
+        "Over the tokens of a refusal."
+        return float(self.tokens.drift.mean())
+
+
+def named_units(mask) -> pd.DataFrame:  # mask: a UnitMask
+    "[kind, layer, unit] of each unit in a mask, in the order of an anchor."
+    places = {kind: getattr(mask, kind).nonzero().tolist() for kind in ("mlp", "attention")}
+    rows = [(kind, layer, unit) for kind in places for layer, unit in places[kind]]
+    return pd.DataFrame(rows, columns=["kind", "layer", "unit"])
 
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-020

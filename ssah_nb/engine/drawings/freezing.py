@@ -54,6 +54,7 @@ READ = {
     "reached": "loss reached",
     "training_perplexity": "perplexity, training pairs",
     "attack_success": "attack success (%)",
+    "refusal_margin": "refusal margin (nats)",
     "not_refused_and_coherent": "not refused and coherent (%)",
     "over_refusal": "over-refusal (%)",
     "perplexity": "perplexity, other benign pairs",
