@@ -19,15 +19,22 @@ __all__ = [
     'anchor_hidden',
     'project_inputs',
     'safety_triggered',
+    'parts_of',
+    'held_bytes',
 ]
 
 # %% ../../nbs/engine/ways.ipynb #ways-002
 import copy
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import project_updates
@@ -266,3 +273,40 @@ OTHERS |= {
         paper="after Chen et al. 2026, arXiv 2605.28030",
     ),
 }
+
+
+# %% ../../nbs/engine/ways.ipynb #ways-m02
+def parts_of(thing: Any) -> list:
+    "What an object holds: its attributes, items, or what a function has bound."
+    if isinstance(thing, nn.Module):
+        return [*thing.parameters(), *thing.buffers()]
+    if isinstance(thing, dict):
+        return list(thing.values())
+    if isinstance(thing, list | tuple | set):
+        return list(thing)
+    if isinstance(thing, partial):
+        return [thing.func, *thing.args]
+    if inspect.ismethod(thing):
+        return [thing.__self__]
+    if inspect.isfunction(thing):
+        return [cell.cell_contents for cell in thing.__closure__ or ()]
+    no_data = isinstance(thing, type | ModuleType | PreTrainedTokenizerBase)
+    return [] if no_data else list(getattr(thing, "__dict__", {}).values())
+
+
+def held_bytes(
+    things: Any,  # what a way brings: tensors, objects, functions, in any container
+    model: nn.Module,  # whose own weights do not count
+) -> int:
+    "Memory of all tensors that they keep, in bytes."
+    seen, todo, total = {id(t) for t in (model, *parts_of(model))}, [things], 0
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if torch.is_tensor(thing):
+            total += thing.nbytes
+        else:
+            todo += parts_of(thing)
+    return total
