@@ -133,7 +133,7 @@ def test_progress_can_be_switched_off_and_on(capsys, monkeypatch):
     assert "hidden" not in capsys.readouterr().err
 
 
-def test_side_by_side_keeps_the_order_shares_the_cores_and_raises():
+def test_side_by_side_keeps_the_order_shares_the_cores_and_raises(monkeypatch):
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
     together = threading.Barrier(2, timeout=10)  # nobody passes alone
 
@@ -144,6 +144,9 @@ def test_side_by_side_keeps_the_order_shares_the_cores_and_raises():
 
     share = threads // 2 if threads >= 2 else threads
     assert side_by_side(work, range(4), cpu) == [(x, share) for x in range(4)]
+    monkeypatch.setenv("SSAH_AT_ONCE", "1")
+    assert side_by_side(lambda x: torch.get_num_threads(), range(2), cpu) == [threads] * 2
+    monkeypatch.delenv("SSAH_AT_ONCE")
     # elsewhere one after the other
     count = lambda x: torch.get_num_threads()
     assert side_by_side(count, range(2), torch.device("meta")) == [threads] * 2

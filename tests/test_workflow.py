@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = ["00_start", "01_units"]
 TARGET = "runs/smoke/notebooks/01_units.ipynb"
 PARAMETERS = "workflow/profiles/smoke/parameters.yaml"
+PROFILES = sorted(path.name for path in (ROOT / "workflow/profiles").iterdir())
 # under `make test`, too, a command is what a user types
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)
@@ -76,7 +77,7 @@ def project(tmp_path):
 def test_unknown_profile_is_one_line():
     result = run(["make", "known-profile", "PROFILE=nope"], ROOT)
     assert result.returncode != 0
-    known = "embedded extended llama2-7b smoke"
+    known = " ".join(PROFILES)
     assert result.stdout.splitlines()[0] == f"error: unknown PROFILE 'nope'; known: {known}"
 
 
@@ -89,7 +90,10 @@ def test_unknown_profile_is_one_line():
         ),
         ("01_unit: {seed: 3}", ["unknown chapter '01_unit'", "known: 00_start, 01_units"]),
         ("common: {sead: 3}", ["no chapter has the common parameter 'sead'"]),
-        ("machine: {devise: cpu}", ["machine has no devise", "it has: device, dtype, mixed"]),
+        (
+            "machine: {devise: cpu}",
+            ["machine has no devise", "it has: device, dtype, mixed, at_once"],
+        ),
     ],
 )
 def test_wrong_parameters_are_one_line(project, line, words):
@@ -133,13 +137,14 @@ def test_a_chapter_runs_with_the_machine_of_its_profile(longer, project):
     assert (project / "runs/01_units.csv").read_text() == "seed,device,mixed\n7,cpu,True\n"
 
 
-@pytest.mark.parametrize("profile", ["embedded", "extended", "llama2-7b", "smoke"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_names_parameters_that_the_chapters_have(profile, monkeypatch):
     monkeypatch.chdir(ROOT)
     parameters = run_chapter.profile_parameters(profile)
     assert list(parameters) == run_chapter.chapters()
     assert all(values["profile"] == profile for values in parameters.values() if values)
-    assert set(run_chapter.machine(profile)) <= {"SSAH_DEVICE", "SSAH_DTYPE", "SSAH_MIXED"}
+    known = {"SSAH_DEVICE", "SSAH_DTYPE", "SSAH_MIXED", "SSAH_AT_ONCE"}
+    assert set(run_chapter.machine(profile)) <= known
 
 
 def tables(folder: Path, value: int) -> None:

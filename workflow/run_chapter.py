@@ -103,10 +103,10 @@ def profile_parameters(profile: str) -> dict[str, dict]:
 def machine(profile: str) -> dict[str, str]:
     """What a profile says about the machine, as the environment variables that a run reads."""
     settings = read_profile(profile).get("machine") or {}
-    if unknown := settings.keys() - {"device", "dtype", "mixed"}:
+    if unknown := settings.keys() - {"device", "dtype", "mixed", "at_once"}:
         raise ProfileError(
             f"{profile_path(profile)}: machine has no {', '.join(unknown)}; "
-            "it has: device, dtype, mixed"
+            "it has: device, dtype, mixed, at_once"
         )
     return {f"SSAH_{name.upper()}": str(value) for name, value in settings.items()}
 

@@ -152,11 +152,11 @@ def side_by_side(
     work: Callable,  # (item) -> anything; it must not change what the others read
     items: Iterable,  # what to work on
     device: torch.device,  # where the models are
-    at_once: int = 2,  # how many at a time on a CPU; elsewhere one
+    at_once: int = 0,  # how many at a time on a CPU, elsewhere one; 0: SSAH_AT_ONCE, or else 2
 ) -> list:
     "The results of `work` on each item, in their order. What it raises is raised here."
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < at_once:
+    threads, at_once = torch.get_num_threads(), at_once or int(os.environ.get("SSAH_AT_ONCE", 2))
+    if at_once == 1 or device.type != "cpu" or threads < at_once:
         return [work(item) for item in items]
     share = dict(initializer=torch.set_num_threads, initargs=(threads // at_once,))
     with ThreadPoolExecutor(at_once, **share) as pool:
