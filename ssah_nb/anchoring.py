@@ -18,8 +18,6 @@ __all__ = [
     'drift_of',
     'anchor_loss',
     'anchor_callback',
-    'Drift',
-    'named_units',
     'anchor_report',
     'save_anchor',
     'load_anchor',
@@ -36,8 +34,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .engine.anchors import AnchorCallback, behaviour, behaviour_on_all
-from .engine.anchors import check_options, check_shape, check_untrained
+from .engine.anchors import AnchorCallback, Drift, behaviour, behaviour_on_all
+from .engine.anchors import check_options, check_shape, check_untrained, named_units
 from .engine.anchors import shape_of, turn, without_dropout
 from .engine.batches import pad_batch
 from .engine.chat import encode_pairs
@@ -233,27 +231,6 @@ def anchor_callback(anchor: Anchor) -> AnchorCallback:
 
 
 Anchor.callback = anchor_callback
-
-
-# %% ../nbs/07_anchoring.ipynb #07-anchoring-027
-@dataclass(frozen=True)
-class Drift:
-    "How far a model has moved on the refusals."
-
-    tokens: pd.DataFrame  # [token, drift]: nats, or mean squared deviations of the held units
-    units: pd.DataFrame | None  # [kind, layer, unit, drift], of an anchor on units
-
-    @property
-    def mean(self) -> float:
-        "Over all tokens."
-        return float(self.tokens.drift.mean())
-
-
-def named_units(mask: UnitMask) -> pd.DataFrame:
-    "[kind, layer, unit] of each unit in a mask, in the order of `held_units`."
-    places = {kind: getattr(mask, kind).nonzero().tolist() for kind in ("mlp", "attention")}
-    rows = [(kind, layer, unit) for kind in places for layer, unit in places[kind]]
-    return pd.DataFrame(rows, columns=["kind", "layer", "unit"])
 
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-028

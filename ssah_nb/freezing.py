@@ -43,7 +43,8 @@ from .engine.run import SsahError
 from torch import nn
 from .engine.adapters import linears_to_split, with_adapter
 from .engine.holding import unit_gradients
-from .engine.ways import OTHERS, WAYS, Case, Way, changes_of, finished, way_of
+from .engine.ways import OTHERS, WAYS, Case, Way, changes_of, finished, held_bytes
+from .engine.ways import way_of
 from .classes import top_units
 
 
@@ -262,6 +263,7 @@ def frozen_units(
 def train_way(case: Case, mask: UnitMask, training: dict) -> tuple[PreTrainedModel, dict]:
     "Adapter or freezing on, training, and off again: an ordinary model, and what was done."
     model, changes = case.model, changes_of(case, case.model)
+    reference = held_bytes(changes, model)
     adapter, finish = (changes.pop(name, None) for name in ("adapter", "finish"))
     training = training | {"lr": changes.pop("lr_factor", 1.0) * training["lr"]}
     if adapter is not None:
@@ -270,11 +272,13 @@ def train_way(case: Case, mask: UnitMask, training: dict) -> tuple[PreTrainedMod
         freeze(model, mask)
     for name in changes.keys() & {"before_step", "correct_step"}:
         changes[name] = partial(changes[name], model)
+    changes["extra"] = [*training.pop("extra", ()), *changes.pop("extra", ())]
     done = finetune_until(model, case.tokenizer, case.pairs, **training, **changes)
     if len(mask):
         merge(model)
     if adapter is not None:
         model = model.merge_and_unload()
+    done["reference_mb"] = reference / 1e6
     return model, done | finished(case, model, finish, training)
 
 

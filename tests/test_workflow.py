@@ -228,7 +228,7 @@ def test_stopped_run_goes_on_where_it_was(project, stop):
 def test_smoke_profile_runs_every_chapter():
     """Every chapter, top to bottom, on the tiny model; its asserts are the chapter's own tests."""
     chapters = sorted(path.stem for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-    assert len(chapters) == 9
+    assert len(chapters) == 10
     result = run(command("--forceall"), ROOT)
     assert result.returncode == 0, result.stdout
     executed = sorted((ROOT / "runs/smoke/notebooks").glob("*.ipynb"))
