@@ -304,8 +304,8 @@ WAYS |= {
     "anchor_answers": Way(
         "the first words of the answers to harmful prompts are held",
         "chapter 7",
-        r"L + 0.3 \cdot \mathrm{KL}(p_0 \Vert p) \text{ on one of } R \text{ a step}",
-        trains=lambda case, model: anchored(case, model, prompts=1, weight=0.3),
+        r"L + 0.1 \cdot \mathrm{KL}(p_0 \Vert p) \text{ on one of } R \text{ a step}",
+        trains=lambda case, model: anchored(case, model, prompts=1, weight=0.1),
     ),
     "anchor_units": Way(
         "what the SCU say on refusals is held",

@@ -311,7 +311,7 @@ def test_the_settings_of_the_anchors(scored):
         WAYS[f"anchor_{on}"].trains(case, model)["anchor"] for on in ("answers", "units")
     )
     chosen = {k: answers.options[k] for k in ("on", "prompts", "weight", "seed")}
-    assert chosen == {"on": "answers", "prompts": 1, "weight": 0.3, "seed": 3}
+    assert chosen == {"on": "answers", "prompts": 1, "weight": 0.1, "seed": 3}
     assert (units.options["prompts"], units.options["weight"]) == (4, 1.0)
     assert units.units == scored[1].scu
 
