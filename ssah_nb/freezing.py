@@ -294,6 +294,7 @@ def train_case(case: Case, pairs: Iterable[dict], training: dict) -> tuple[PreTr
     check_seed(case.seed)
     way_of(case.way)
     case.pairs, case.max_response = as_pairs(pairs), training.get("max_response")
+    case.extra = as_pairs(training.get("extra", ()), at_least=0)
     if case.refusals is not None:
         case.refusals = as_pairs(case.refusals)
     case.modules, mask = depth_two(case.model), mask_of(case)

@@ -99,6 +99,7 @@ class Case:
     max_response: int | None = None  # tokens kept of each response while training
     lora: dict | None = None  # options of an adapter
     lora_lr: float = 10.0  # times the learning rate, for an adapter
+    extra: list[dict] = field(default_factory=list)  # pairs that are mixed in
 
     def needed_refusals(self) -> list[dict]:
         "The calibration refusals. Raises `SsahError` when there are none."
@@ -182,7 +183,8 @@ def replay(case: Case, model: PreTrainedModel) -> dict:
 
 def constrained_sft(case: Case, model: PreTrainedModel) -> dict:
     "Each token of a training answer has its leash."
-    return {"token_losses": Constrained(model, case.tokenizer, case.pairs, case.max_response)}
+    pairs = [*case.pairs, *case.extra]
+    return {"token_losses": Constrained(model, case.tokenizer, pairs, case.max_response)}
 
 
 def anchor_hidden(case: Case, model: PreTrainedModel) -> dict:
