@@ -90,7 +90,7 @@ def anchor_of(setting, model, tokenizer, refusals):
     if on == "none":
         return None
     units = one_percent(model) if on == "units" else None
-    options = dict(on=on, units=units, prompts=prompts, every=every, weight=0.3, slack=0.0)
+    options = dict(on=on, units=units, prompts=prompts, every=every, weight=0.1, slack=0.0)
     return Anchor(model, tokenizer, refusals, **options)
 
 
