@@ -2,7 +2,9 @@
 
 import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -364,3 +366,15 @@ def test_a_model_without_a_head_is_refused():
     with pytest.raises(SsahError, match="LlamaModel has no language-model head") as error:
         response_losses(tiny_model().model, pad_batch(ENCODED, [0]))
     one_line(error)
+
+
+def test_two_threads_may_measure_one_model():
+    "The report of one model judges with another, which a second thread may be using."
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    sets = [[{"prompt": "a" * n, "response": "bc" * n}] * 3 for n in (3, 40)]
+    encoded = [encode_pairs(tokenizer, pairs) for pairs in sets]
+    alone = [pair_losses(model, pairs) for pairs in encoded]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: pair_losses(model, encoded[i % 2]), range(80)))
+    for i, losses in enumerate(found):
+        assert np.allclose(losses, alone[i % 2], atol=1e-5)

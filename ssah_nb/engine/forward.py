@@ -22,6 +22,7 @@ __all__ = [
 import inspect
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 import torch
 from torch import nn
@@ -148,10 +149,18 @@ def head_sees(
     model: PreTrainedModel,  # a causal language model, PEFT-wrapped or not
     places: torch.Tensor,  # bool [rows, tokens]
 ) -> Iterator[None]:
-    "Inside, the language-model head gets the states at these places, [1, places, hidden size]."
+    """Inside, the language-model head gets the states at these places, [1, places, hidden size].
+
+    Another thread may run the same model meanwhile; its states pass whole."""
+    thread = get_ident()
 
     def choose(_, inputs):
-        if not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(places):
+        if (
+            get_ident() != thread
+            or not inputs
+            or inputs[0].dim() != 3
+            or inputs[0].shape[0] != len(places)
+        ):
             return None
         own = inputs[0][:, -places.shape[1] :]  # virtual tokens stand before
         return own[places.to(own.device)][None], *inputs[1:]
