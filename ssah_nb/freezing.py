@@ -132,11 +132,13 @@ def scu_and_cu(case: Case) -> UnitMask:
     return case.units.scu | case.units.cu
 
 
+# %% ../nbs/06_freezing.ipynb #06-freezing-050b
 def scu_and_top_cu(case: Case) -> UnitMask:
     "SCU and the top CU."
     return case.units.scu | case.units.top_cu(case.top_cu)
 
 
+# %% ../nbs/06_freezing.ipynb #06-freezing-050c
 def as_many(chosen: Callable, **options) -> Callable:
     "A function of a case: as many random units as another function of it freezes."
     return lambda case: chosen(case).random_like(case.seed, **options)
@@ -208,6 +210,7 @@ def sn_tune(share: float | None) -> Callable:  # None: as many parameters as SCU
     return lambda case: sn_tune_units(case.safety, case.utility, size(case))
 
 
+# %% ../nbs/06_freezing.ipynb #06-freezing-w04b
 def safety_layers(case: Case) -> UnitMask:
     "Contiguous layers of the size of SCU + all CU."
     return safety_layer_units(case.units, case.units.share(scu_and_cu(case))["unit_parameters"])

@@ -118,10 +118,11 @@ def system_text(name: str) -> str | None:  # "none", or a name in SYSTEM_PROMPTS
     return None if name == "none" else SYSTEM_PROMPTS[name]
 
 
-# %% ../nbs/00_start.ipynb #00-start-take-as
+# %% ../nbs/00_start.ipynb #00-start-at-most
 AT_MOST = 0.5  # attack success of a model that is taken as aligned
 
 
+# %% ../nbs/00_start.ipynb #00-start-take-as
 def take_as(
     run: Run,  # its model is there as the unaligned one
     attack_success: float,  # of that model
