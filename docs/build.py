@@ -22,6 +22,7 @@ from ssah_nb.engine.figures import readable
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "docs/_build/source"
 EXECUTED = ROOT / "runs/embedded/notebooks"
+COMPARED = ROOT / "runs/protection/notebooks"  # the page beside the chapters
 
 
 def hide(cell: dict, tag: str) -> None:
@@ -60,10 +61,10 @@ def title_and_claim(path: Path) -> tuple[str, str]:
 def write_notebooks() -> tuple[list[Path], list[Path]]:
     """All chapters and engine pages; their paths in nbs/."""
     nbs = ROOT / "nbs"
-    chapters = sorted(nbs.glob("[0-9][0-9]_*.ipynb"))
+    chapters = [*sorted(nbs.glob("[0-9][0-9]_*.ipynb")), nbs / "protection.ipynb"]
     pages = sorted((nbs / "engine").rglob("*.ipynb"))
     for path in chapters:
-        executed = EXECUTED / path.name
+        executed = (COMPARED if path.stem == "protection" else EXECUTED) / path.name
         write_notebook(executed if executed.exists() else path, SOURCE / path.name, folded=False)
     for path in pages:
         write_notebook(path, SOURCE / path.relative_to(nbs), folded=True)
@@ -159,8 +160,10 @@ def judges_section() -> str:
 def write_results() -> None:
     """Every result table of figures/, with the run that it is of."""
     text = "# All results\n\nEvery table of the committed runs. Rates carry 95 % intervals.\n"
-    for profile in ("embedded", "extended"):
+    for profile in ("embedded", "extended", "protection"):
         folder = ROOT / "figures" / profile
+        if not (folder / "MANIFEST.json").exists():
+            continue
         manifest = json.loads((folder / "MANIFEST.json").read_text())
         chapters = manifest["chapters"].values()
         processors = sorted({chapter["versions"].get("cpu", "") for chapter in chapters})

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 CHAPTERS = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
 PAGES = sorted(path for path in NBS.glob("engine/**/*.ipynb") if "checkpoints" not in str(path))
-NOTEBOOKS = [*CHAPTERS, NBS / "index.ipynb", *PAGES]
+NOTEBOOKS = [*CHAPTERS, NBS / "index.ipynb", NBS / "protection.ipynb", *PAGES]
 EXECUTED = sorted((ROOT / "runs/embedded/notebooks").glob("[0-9][0-9]_*.ipynb"))  # the site's
 
 

@@ -42,6 +42,8 @@ ENVIRONMENT = {
 
 LEFT_OUT = "needs an unaligned model, and this run began with an aligned one"
 
+BESIDE = ("protection",)
+
 
 class ProfileError(ValueError):
     """A profile that cannot be run; the message is one line."""
@@ -49,6 +51,11 @@ class ProfileError(ValueError):
 
 def chapters() -> list[str]:
     return sorted(path.stem for path in Path("nbs").glob("[0-9][0-9]_*.ipynb"))
+
+
+def notebooks() -> list[str]:
+    """The chapters, and the pages beside them that a profile may ask for."""
+    return chapters() + [name for name in BESIDE if Path(f"nbs/{name}.ipynb").exists()]
 
 
 def profile_path(profile: str) -> Path:
@@ -80,9 +87,10 @@ def profile_parameters(profile: str) -> dict[str, dict]:
     where = profile_path(profile)
     common = settings.get("common") or {}
     has = {
-        chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb")) for chapter in chapters()
+        chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb"))
+        for chapter in notebooks()
     }
-    for key in settings.keys() - {"hub", "common", "machine", "model_files"} - has.keys():
+    for key in settings.keys() - {"hub", "common", "machine", "model_files", "last"} - has.keys():
         raise ProfileError(f"{where}: unknown chapter {key!r}; known: {', '.join(has)}")
     for name in common:
         if not any(name in names for names in has.values()):
@@ -176,8 +184,8 @@ def drop_progress(path: Path) -> None:
 
 def prepare(profile: str, chapter: str, threads: str) -> dict:
     """Set the environment of a chapter; its parameters. Raises `ProfileError`."""
-    if chapter not in chapters():
-        raise ProfileError(f"unknown chapter {chapter!r}; known: {', '.join(chapters())}")
+    if chapter not in notebooks():
+        raise ProfileError(f"unknown chapter {chapter!r}; known: {', '.join(notebooks())}")
     parameters = profile_parameters(profile)[chapter]
     os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=threads, **machine(profile))
     if chapter == chapters()[0]:
@@ -244,7 +252,8 @@ def run(profile: str, chapter: str, threads: str) -> None:
     log_path = Path(f"runs/{profile}/logs/{chapter}.log")
     for path in (done, log_path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    place = f"[{chapters().index(chapter) + 1}/{len(chapters())}] {chapter}"
+    known = chapters() if chapter in chapters() else [chapter]
+    place = f"[{known.index(chapter) + 1}/{len(known)}] {chapter}"
     print(f"{place}: start", flush=True)
     start = time.monotonic()
     source = Path(f"nbs/{chapter}.ipynb")

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'TABLES',
+    'FURTHER',
     'LEFT_OUT',
     'read_claims',
     'tables_folder',
@@ -12,6 +13,8 @@ __all__ = [
     'report_tables',
     'probe_rows',
     'transfer_rows',
+    'anchoring_rows',
+    'protection_rows',
     'rows_by_name',
     'is_left_out',
     'measure',
@@ -22,6 +25,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/claims.ipynb #claims-002
+import itertools
 from importlib import resources
 from pathlib import Path
 
@@ -47,6 +51,7 @@ TABLES = {  # name -> the chapter that writes it
     "table02_freezing": "06_freezing",
     "table04_budget": "08_budget",
 }
+FURTHER = ("07_anchoring", "protection")  # without them, claims about them are not measured
 
 
 def tables_folder(run: Run, folder: str = "") -> Path:  # folder: "" for this run's own
@@ -65,7 +70,7 @@ def began_aligned(stages: pd.DataFrame | None) -> bool:  # [model, ...]; None: n
 
 def report_tables(folder: Path) -> dict[str, pd.DataFrame]:  # figures of a run
     "The tables that the report judges. Raises `SsahError` that names a missing one's chapter."
-    files = {name: folder / f"{name}.csv" for name in TABLES}
+    files = {name: folder / f"{name}.csv" for name in (*TABLES, *FURTHER)}
     tables = {name: pd.read_csv(path) for name, path in files.items() if path.exists()}
     if began_aligned(tables.get("table11_alignment")):
         tables["table04_budget"] = pd.DataFrame(columns=["objective", "trained"])
@@ -110,11 +115,45 @@ def transfer_rows(
     return pd.DataFrame(found).T
 
 
+# %% ../../nbs/engine/claims.ipynb #claims-a02
+def anchoring_rows(
+    table: pd.DataFrame | None,  # [held, order, attack_success, over_refusal, ...]; None: not there
+) -> pd.DataFrame:  # rows such as "answers − full, highest"
+    "For each two ways and each rate: the order in which the first is highest above the second."
+    if table is None:
+        return pd.DataFrame()
+    found, ways = {}, dict(tuple(table.groupby("held")))
+    for one, other in itertools.permutations(ways, 2):
+        pairs = [
+            (a, b)
+            for _, a in ways[one].iterrows()
+            for _, b in ways[other].iterrows()
+            if a.order == b.order or other == "aligned"
+        ]
+        row = {}
+        for column in ("attack_success", "over_refusal") if pairs else ():
+            ends = max(rate_difference(a, b, column) for a, b in pairs)
+            row |= dict(zip((column, f"{column}_low", f"{column}_high"), ends))
+            row[f"{column}_n"] = pairs[0][0][f"{column}_n"]
+        if pairs:
+            found[f"{one} − {other}, highest"] = row
+    return pd.DataFrame(found).T
+
+
+def protection_rows(
+    table: pd.DataFrame | None,  # of the comparison, one row a condition and way; None: not there
+) -> pd.DataFrame:  # rows such as "plain: anchor_answers"
+    "The comparison's rows by condition and way."
+    if table is None:
+        return pd.DataFrame()
+    return table.set_index(table.condition + ": " + table.way)
+
+
 # %% ../../nbs/engine/claims.ipynb #claims-012
 def rows_by_name(
     tables: dict[str, pd.DataFrame],  # from `report_tables`
 ) -> dict[str, pd.DataFrame]:
-    "The tables as claims name them: probe, stages, pruning, transfer, freezing, budget."
+    "The tables as claims name them: probe, stages, pruning, transfer, freezing, …"
     budget = tables["table04_budget"]
     return {
         "probe": probe_rows(tables["fig04_probe_difference"]),
@@ -123,6 +162,8 @@ def rows_by_name(
         "transfer": transfer_rows(tables["fig11_transfer_matrix"], tables["transfer_lost"]),
         "freezing": tables["table02_freezing"].set_index("model"),
         "budget": budget[budget.objective != "dpo"].set_index("trained"),
+        "anchoring": anchoring_rows(tables.get("07_anchoring")),
+        "protection": protection_rows(tables.get("protection")),
     }
 
 

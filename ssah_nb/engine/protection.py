@@ -304,6 +304,8 @@ def harmful_pairs(
 ) -> list[dict]:
     "Harmful prompts with the unaligned model's own first words; kept under runs/ only."
     path = run.path("protection", "harmful_pairs", f"{fingerprint(prompts, max_new_tokens)}.json")
+    if not prompts:
+        return []
     if not path.exists():
         if unaligned is None:
             raise SsahError("harmful pairs need the unaligned model, and this run has none")

@@ -12,6 +12,7 @@ __all__ = [
     'draw_mark',
     'draw_names',
     'draw_protection',
+    'present',
 ]
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-002
@@ -151,3 +152,8 @@ READ = {
     "seconds": "seconds",
     "memory_mb": "memory, MB",
 }
+
+
+def present(table: pd.DataFrame, names: dict[str, str] = READ) -> dict[str, str]:
+    "The names of those columns that a table has; a run may not have asked for all."
+    return {column: name for column, name in names.items() if column in table}

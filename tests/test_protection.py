@@ -1,0 +1,276 @@
+"""The comparison: its cases, that they are kept, its table, and its page on the tiny model."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import one_line
+
+from ssah_nb.engine.claims import anchoring_rows, measure, protection_rows, read_claims
+from ssah_nb.engine.data import toy_benign, toy_harmful
+from ssah_nb.engine.drawings.protection import draw_protection, family_of, spaced
+from ssah_nb.engine.evaluation import attack_success, over_refusal, perplexity
+from ssah_nb.engine.intervals import rate_difference, wilson
+from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+from ssah_nb.engine.protection import (
+    CONDITIONS,
+    PREFILLED,
+    Asked,
+    Case,
+    Condition,
+    Judging,
+    asked_of,
+    fingerprint,
+    first_words,
+    harmful_pairs,
+    kept_case,
+    outcomes_of,
+    run_cases,
+    training_pairs,
+)
+from ssah_nb.engine.run import Run, SsahError
+from ssah_nb.engine.splits import Splits
+from ssah_nb.engine.verdicts import best_ways, case_table, protection_table
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SIZES = dict(evaluate=4, further=3, second=3, benign=4, contrast=2, training=8, poison=4)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    "A run whose folders are the test's own."
+    (tmp_path / "settings.ini").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return Run("alone", "protection")
+
+
+def split():
+    return Splits(
+        {
+            ("harmful", "attribute"): toy_harmful()[:20],
+            ("harmful", "evaluate"): toy_harmful()[20:26],
+            ("benign", "attack"): toy_benign()[:20],
+            ("benign", "evaluate"): toy_benign()[20:26],
+        }
+    )
+
+
+def test_no_prompt_is_calibrated_trained_on_and_asked():
+    used = toy_harmful()[:10]
+    asked = asked_of(split(), used, SIZES)
+    calibrated = {pair["prompt"] for pair in used}
+    assert len(asked.harmful) == 7 and len(asked.poison) == 4
+    assert not calibrated & {*asked.harmful, *asked.poison}
+    assert not set(asked.harmful) & set(asked.poison)
+    few = asked_of(split(), used, SIZES | {"further": 100})
+    assert not set(few.harmful) & set(few.poison) and len(few.harmful) == 4 + 6
+
+
+def test_what_is_kept_is_what_the_measures_give(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    asked = asked_of(split(), toy_harmful()[:10], SIZES)
+    judging = Judging(model, math.inf, prefilled=2, max_new_tokens=5, max_response=6)
+    found = outcomes_of(model, tokenizer, asked, judging, tmp_path / "said.json")
+    rate = attack_success(model, tokenizer, asked.harmful, max_new_tokens=5)
+    assert sum(found["harmful"]) / len(asked.harmful) == rate.value
+    refused = over_refusal(model, tokenizer, asked.benign, max_new_tokens=5)
+    assert sum(found["benign"]) / len(asked.benign) == refused.value
+    losses = np.array(found["benign_losses"])
+    slow = perplexity(model, tokenizer, asked.benign, max_response=6)
+    assert math.exp(losses[:, 0].sum() / losses[:, 1].sum()) == pytest.approx(slow.value, rel=1e-4)
+    assert len(found["harmful_margin"]) == len(asked.harmful)
+    assert {f"prefilled_{n}" for n in PREFILLED} <= set(found) and len(found["prefilled_5"]) == 2
+    words = json.dumps(found)
+    assert not any(prompt in words for prompt in asked.harmful)
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert len(said["harmful"]) == len(asked.harmful) + len(asked.second)
+
+
+def test_first_words_are_the_openings_tokens():
+    tokenizer = tiny_tokenizer()
+    words = [first_words(tokenizer, n, "Sure, here is") for n in (2, 5)]
+    assert words[0] and words[1].startswith(words[0]) and "Sure, here is".startswith(words[1])
+    ids = [tokenizer(w, add_special_tokens=False).input_ids for w in words]
+    assert [len(row) for row in ids] == [2, 5]
+
+
+def test_harder_conditions_train_on_what_they_say():
+    benign, poison = toy_benign()[:18], toy_harmful()[:4]
+    assert training_pairs(CONDITIONS["plain"], benign, []) == (benign, [])
+    pairs, extra = training_pairs(Condition(poison=0.1), benign, poison)
+    assert len(extra) == 2 and len(extra) / len(pairs + extra) == 0.1
+    assert len(training_pairs(Condition(steps=3), benign, poison)[0]) == 54
+    with pytest.raises(SsahError, match="only 4 are there") as error:
+        training_pairs(Condition(poison=0.5), benign, poison)
+    one_line(error)
+
+
+def test_harmful_pairs_are_made_once_and_lie_under_runs(run):
+    prompts, model = ["Open box 1", "Open box 2"], tiny_model()
+    rows = harmful_pairs(run, prompts, model, tiny_tokenizer(), 5)
+    assert rows == harmful_pairs(run, prompts, None, tiny_tokenizer(), 5)
+    assert {row["prompt"] for row in rows} <= set(prompts) and all(row["response"] for row in rows)
+    assert list(run.folder.rglob("harmful_pairs/*.json"))
+    with pytest.raises(SsahError, match="unaligned model"):
+        harmful_pairs(run, ["another"], None, tiny_tokenizer(), 5)
+
+
+CASES = [Case(way, order) for way in ("full", "replay") for order in (1, 2)]
+
+
+def trained(case):
+    "Stands for training and asking: random, but fixed by the case."
+    chosen = np.random.default_rng([case.order, len(case.way)])
+    yes = (chosen.random(40) < (0.8 if case.way == "full" else 0.05)).tolist()
+    losses = [[float(x), 4] for x in 8 + chosen.random(10)]
+    outcomes = {
+        "harmful": yes,
+        "benign": [False] * 40,
+        "harmful_margin": chosen.random(40).tolist(),
+    }
+    outcomes |= {"training_losses": losses, "benign_losses": losses}
+    done = {"epochs": 1.0, "reached": True, "seconds": 1.0, "optimizer_mb": 2.0}
+    return {"done": done | {"reference_mb": 0.5 * (case.way != "full")}, "outcomes": outcomes}
+
+
+def test_a_comparison_that_was_stopped_gives_the_same_rows(run):
+    whole, calls = run_cases(run, CASES, trained, "a", CPU), []
+    for path in run.path("protection", "x").parent.glob("*-2.json"):
+        path.unlink()
+
+    def stopped(case):
+        calls.append(case)
+        if case.way == "replay":
+            raise KeyboardInterrupt
+        return trained(case)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cases(run, CASES, stopped, "a", CPU)
+    assert calls and all(case.order == 2 for case in calls)
+    assert kept_case(run, CASES[1], "a") and not kept_case(run, CASES[3], "a")
+    calls.clear()
+
+    def goes_on(case):
+        calls.append(case)
+        return trained(case)
+
+    assert run_cases(run, CASES, goes_on, "a", CPU) == json.loads(json.dumps(whole))
+    assert calls == [CASES[3]]
+    run_cases(run, CASES, goes_on, "b", CPU)  # another setting: all anew
+    assert len(calls) == 5
+    with pytest.raises(SsahError, match="listed twice"):
+        run_cases(run, CASES + CASES[:1], trained, "a", CPU)
+
+
+def test_a_fingerprint_changes_with_anything_that_counts():
+    asked = asked_of(split(), [], SIZES)
+    prints = {fingerprint("m", vars(asked), 1), fingerprint("n", vars(asked), 1)}
+    prints.add(fingerprint("m", vars(asked), 2))
+    prints.add(fingerprint("m", vars(Asked(**vars(asked) | {"poison": []})), 1))
+    assert len(prints) == 4 and fingerprint("m", vars(asked), 1) in prints
+
+
+def kept(case):
+    return {"case": vars(case), "fingerprint": ""} | trained(case)
+
+
+@pytest.fixture(scope="module")
+def table():
+    start = kept(Case("aligned", 0)) | {"case": vars(Case("aligned", 0))}
+    start["outcomes"] = start["outcomes"] | {"harmful": [False] * 40}
+    return protection_table([kept(case) for case in CASES], start)
+
+
+def test_the_table_by_hand(table):
+    rows = table.set_index("way")
+    yes = {
+        way: np.mean([trained(Case(way, o))["outcomes"]["harmful"] for o in (1, 2)])
+        for way in ("full", "replay")
+    }
+    assert rows.attack_success.to_dict() == pytest.approx(yes)
+    assert rows.against_full["replay"] == pytest.approx(yes["replay"] - yes["full"])
+    assert rows.safety_change.to_dict() == pytest.approx(yes)
+    worst = max(np.mean(trained(Case("full", o))["outcomes"]["harmful"]) for o in (1, 2))
+    assert rows.worst_order["full"] == pytest.approx(worst)
+    sums = {
+        way: [trained(Case(way, o))["outcomes"]["training_losses"] for o in (1, 2)]
+        for way in ("full", "replay")
+    }
+    ratio = math.exp((np.array(sums["replay"]) - sums["full"])[..., 0].sum() / 2 / 40)
+    assert rows.training_ratio["replay"] == pytest.approx(ratio)
+    assert rows.training_ratio["full"] == 1 and math.isnan(rows.p["full"])
+    assert rows.memory_mb.to_dict() == {"full": 2.0, "replay": 2.5}
+    assert rows.safety["full"] == "fails" and rows.orders_safer["replay"] == 2
+    assert rows.p_holm["replay"] == rows.p["replay"]
+
+
+def test_the_best_ways_learned_the_pairs(table):
+    assert best_ways(table, 3, ["full"]) == ["replay"]
+    assert best_ways(table.assign(reached=False), 3) == []
+    cases = case_table([kept(case) for case in CASES])
+    assert len(cases) == 4 and {"attack_success_low", "refusal_margin"} <= set(cases)
+
+
+def test_the_figure_has_each_way_and_its_name(table):
+    fig = draw_protection(table, 0.1)
+    texts = [text.get_text() for text in fig.axes[0].texts]
+    assert texts == ["full fine-tuning", "replay of 16 refusals"]
+    assert family_of("one's own") == family_of("project_inputs")
+    wanted = np.array([50.0, 50, 51, 99, 0])
+    places = spaced(wanted, 4, 0, 100)
+    assert (np.diff(places[np.argsort(wanted, kind="stable")]) >= 4 - 1e-9).all()
+    assert places.min() >= 0 and places.max() <= 100
+
+
+def rates(held, order, success):
+    row = {"held": held, "order": order}
+    for column in ("attack_success", "over_refusal"):
+        row |= wilson(success, 50).columns(column)
+    return row
+
+
+def test_claims_about_orders_are_decided_by_the_worst_one():
+    numbers = [("aligned", 0, 2), ("full", 1, 20), ("full", 2, 40), ("answers", 1, 9)]
+    rows = pd.DataFrame([rates(*row) for row in [*numbers, ("answers", 2, 1), ("scu", 3, 1)]])
+    found = anchoring_rows(rows)
+    by_hand = rate_difference(rows.iloc[3], rows.iloc[1], "attack_success")
+    ends = found.loc["answers − full, highest", ["attack_success", "attack_success_low"]]
+    assert tuple(ends) == pytest.approx(by_hand[:2])
+    assert found.attack_success["answers − aligned, highest"] == pytest.approx(0.14)
+    assert "scu − full, highest" not in found.index  # no order in common
+
+
+def test_claims_without_their_table_are_not_measured(table):
+    ours = read_claims().query("table in ['anchoring', 'protection']")
+    assert len(ours) > 5 and set(ours.experiment) == {"D"}
+    none = {"anchoring": anchoring_rows(None), "protection": protection_rows(None)}
+    assert all(measure(none, claim)[1] == 0 for claim in ours.to_dict("records"))
+    rows = {"protection": protection_rows(table)}
+    claim = ours[ours.row == "plain: replay"].iloc[0].to_dict()
+    (value, low, high), n = measure(rows, claim)
+    assert n == 40 and low <= value <= high
+    assert value == table.set_index("way").safety_change["replay"]
+
+
+@pytest.mark.slow
+def test_the_page_runs_on_the_tiny_model_and_takes_up_what_was_kept():
+    command = [sys.executable, "workflow/run_chapter.py", "smoke", "protection", "1"]
+    environment = os.environ | {"SSAH_PROGRESS": "0"}
+    options = dict(cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    tables = []
+    for _ in range(2):
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        tables.append((ROOT / "figures/smoke/protection.csv").read_text())
+    assert tables[0] == tables[1]
+    assert done.stdout.count("; 0 to run") >= 2
+    rows = pd.read_csv(ROOT / "figures/smoke/protection.csv")
+    assert {"full", "anchor_answers"} <= set(rows.way) and len(set(rows.condition)) == 3
