@@ -165,9 +165,9 @@ def outcomes_of(
     kept, said = {}, {}
     at_hand = model, tokenizer
     for name in ("harmful", "second", "contrast"):
-        prompts = getattr(asked, name)
-        kept[name], said[name] = answered(*at_hand, prompts, judging)
-        kept[f"{name}_margin"] = margins_of(*at_hand, prompts)
+        kept[name], said[name] = answered(*at_hand, getattr(asked, name), judging)
+    for name in ("harmful", "second"):
+        kept[f"{name}_margin"] = margins_of(*at_hand, getattr(asked, name))
     benign = [pair["prompt"] for pair in asked.benign]
     kept["benign"], said["benign"] = answered(*at_hand, benign, judging)
     for name in ("benign", "contrast"):  # what counts there is a refusal
@@ -254,7 +254,7 @@ def estimate(
     cases: Sequence[Case],  # all of them
     print_of: str,  # fingerprint of what all cases depend on
     seconds: float,  # of one case, where none is kept yet
-    at_once: int = 2,  # how many run side by side
+    at_once: int,  # how many run side by side
 ) -> str:
     "A sentence: how many cases are there, how many are left, and about how many minutes."
     kept = [found for case in cases if (found := kept_case(run, case, print_of))]
