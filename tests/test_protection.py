@@ -27,6 +27,7 @@ from ssah_nb.engine.protection import (
     Condition,
     Judging,
     asked_of,
+    estimate,
     fingerprint,
     first_words,
     harmful_pairs,
@@ -168,6 +169,19 @@ def test_a_comparison_that_was_stopped_gives_the_same_rows(run):
     assert len(calls) == 5
     with pytest.raises(SsahError, match="listed twice"):
         run_cases(run, CASES + CASES[:1], trained, "a", CPU)
+
+
+def test_the_estimate_counts_what_is_left(run):
+    whole = estimate(run, CASES, "a", seconds=120, at_once=2)
+    assert whole == "0 of 4 cases are kept; 4 to run, about 4 minutes"
+
+    def slow(case):
+        found = trained(case)
+        return found | {"done": found["done"] | {"case_seconds": 600.0}}
+
+    run_cases(run, CASES[:1], slow, "a", CPU)
+    left = estimate(run, CASES, "a", seconds=120, at_once=1)
+    assert left == "1 of 4 cases are kept; 3 to run, about 30 minutes"
 
 
 def test_a_fingerprint_changes_with_anything_that_counts():

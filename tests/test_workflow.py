@@ -141,7 +141,7 @@ def test_a_chapter_runs_with_the_machine_of_its_profile(longer, project):
 def test_every_profile_names_parameters_that_the_chapters_have(profile, monkeypatch):
     monkeypatch.chdir(ROOT)
     parameters = run_chapter.profile_parameters(profile)
-    assert list(parameters) == run_chapter.chapters()
+    assert list(parameters) == run_chapter.notebooks()
     assert all(values["profile"] == profile for values in parameters.values() if values)
     known = {"SSAH_DEVICE", "SSAH_DTYPE", "SSAH_MIXED", "SSAH_AT_ONCE"}
     assert set(run_chapter.machine(profile)) <= known
