@@ -6,6 +6,7 @@ from helpers import one_line, two_processes
 from helpers_freezing import PREFERENCES, arguments
 from transformers import Trainer, TrainingArguments
 
+import ssah_nb
 from ssah_nb import Anchor, SsahError, UnitMask, finetune, freeze
 from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.models import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -141,6 +142,22 @@ def test_the_reference_is_as_large_as_promised(on):
     kept = sum(part["before"].nbytes for part in anchor_on(model, on).reference)
     channels = 4 + 3 * 8  # of the held units: a head has eight
     assert kept == 2 * tokens * (model.config.vocab_size if on == "answers" else channels)
+
+
+def test_the_reference_of_units_is_the_same_module_by_module(monkeypatch):
+    together = anchor_on(tiny_model(), "units").reference
+    monkeypatch.setattr("ssah_nb.anchoring.MOST_BYTES", 1)
+    passes, run = [], ssah_nb.anchoring.behaviour_on_all
+    monkeypatch.setattr(
+        "ssah_nb.anchoring.behaviour_on_all",
+        lambda model, encoded, channels, change: (
+            passes.append(list(channels)) or run(model, encoded, channels, change)
+        ),
+    )
+    alone = anchor_on(tiny_model(), "units").reference
+    assert [len(names) for names in passes] == [1] * len(together)
+    for a, b in zip(together, alone, strict=True):
+        assert close(a, b, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("on", ["answers", "units"])
