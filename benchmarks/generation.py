@@ -22,8 +22,8 @@ from ssah_nb.engine.generation import (
     greedy_settings,
     greedy_tokens,
     stop_ids,
-    texts,
 )
+from ssah_nb.engine.inputs import as_prompts
 from ssah_nb.engine.models import load_model
 from ssah_nb.engine.run import processor, set_seed, show_progress
 
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     set_seed(0)
     model, tokenizer = load_model(options.model)
     data = options.prompts or ("toy_harmful" if options.model == "tiny" else "advbench")
-    prompts, stop = texts(load_pairs(data))[: options.rows], stop_ids(model, tokenizer)
+    prompts, stop = as_prompts(load_pairs(data))[: options.rows], stop_ids(model, tokenizer)
     print(
         f"{options.model} in {model.dtype} on {processor(model.device)}, "
         f"{torch.get_num_threads()} thread(s), {len(prompts)} prompts, "
