@@ -177,7 +177,7 @@ def drop_progress(path: Path) -> None:
                 output
                 for output in cell.outputs
                 if output.get("name") != "stderr"
-                or (output.text.strip() and not output.text.startswith("\r"))
+                or (output.text.strip() and not output.text.startswith(("\r", "\x1b[A")))
             ]
     nbformat.write(notebook, path)
 
