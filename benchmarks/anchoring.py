@@ -7,14 +7,14 @@ A step is that of `finetune`: forward and backward over a batch of 16 pairs, cli
 plain step and the steps with an anchor take turns on the same batches, and each time is a median
 over the rounds. An anchor that acts at every k-th step is timed over k steps. Memory is the peak
 of a process of its own that loads the model, builds the anchor and makes three steps: resident
-memory on a CPU, allocated memory on a GPU. `--save` writes benchmarks/results/anchoring.csv.
+memory on a CPU (Linux), allocated memory on a GPU. `--save` writes the table to
+benchmarks/results/anchoring.csv.
 
 The bar, for the setting that chapter 7 recommends (one refusal a step): 1.25 x the time and
 1.1 x the memory of the plain step.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -151,7 +151,8 @@ def peak_mb(options: argparse.Namespace) -> float:
     finetune(model, tokenizer, pairs, lr=options.lr, anchor=anchor, **training)
     if model.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    lines = Path("/proc/self/status").read_text().splitlines()  # of this program alone
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def peak_of(place: int, arguments: list[str]) -> float:
