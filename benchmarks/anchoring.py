@@ -98,9 +98,9 @@ def step_seconds(model, stepper, parts, anchor, every: int) -> float:
     "Seconds of a step; of an anchor that acts at every k-th step, the mean of k steps."
     start = time.perf_counter()
     for _ in range(every):
+        backward_parts(parts())
         if anchor:
             anchor.loss(model).backward()
-        backward_parts(parts())
         stepper.step()
     if model.device.type == "cuda":
         torch.cuda.synchronize()

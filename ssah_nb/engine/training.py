@@ -189,10 +189,10 @@ def optimize(
     model.train()
     with gradients_to(stepper.masters), mixed_precision(model) if mixed else nullcontext():
         for rows in progress(batches, "training"):
-            if anchor:
-                anchor.loss(model).backward()
             losses.append(backward_parts(part_losses(rows)))
             check_loss(losses, lr)
+            if anchor:  # last: its few tokens need less memory beside the gradients
+                anchor.loss(model).backward()
             if before_step:
                 before_step(stepper.masters)
             stepper.step()
