@@ -27,6 +27,7 @@ from helpers_notebooks import (
     untyped,
 )
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from clean_notebooks import KERNEL, clean
 from store_outputs import source_hash
 
 from ssah_nb.engine.alignment import STOCK_REFUSALS
@@ -92,6 +93,25 @@ def test_an_engine_page_says_what_it_is_for(path):
 @each_notebook
 def test_no_cell_changed_after_its_output_was_stored(path):
     assert not stale_cells(read(path), source_hash)
+
+
+@each_notebook
+def test_jupyter_knows_the_kernel(path):
+    """With another display name JupyterLab asks for a kernel when it opens the notebook."""
+    assert read(path).metadata.kernelspec == KERNEL
+
+
+def test_cleaning_keeps_the_kernel_and_what_is_clean(tmp_path):
+    path, again = tmp_path / "a.ipynb", tmp_path / "b.ipynb"
+    notebook = made_up(printed("1"))
+    notebook.metadata = {"kernelspec": KERNEL | {"display_name": "mine"}, "toc": {}}
+    notebook.cells[1].metadata |= {"execution": {"started": "now"}, "tags": ["benign"]}
+    nbformat.write(notebook, path)
+    assert clean(path)
+    assert read(path).metadata == {"kernelspec": KERNEL}
+    assert set(read(path).cells[1].metadata) == {"source_hash", "tags"}
+    again.write_bytes(path.read_bytes())
+    assert not clean(again) and again.read_bytes() == path.read_bytes()
 
 
 @each_notebook

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import run_chapter
+from clean_notebooks import KERNEL
 
 ROOT = Path(__file__).parent.parent
 # two chapters are enough: the target of the throwaway runs is the second
@@ -34,8 +35,7 @@ def run(arguments, cwd, **options):
 
 
 def cells(*sources):
-    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
     notebook.cells[0].metadata["tags"] = ["parameters"]
     return notebook
