@@ -30,7 +30,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from .attribution import Importance, load_scores
-from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off, whole_model
+from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off, one_width
+from .engine.cutting import tell_width, whole_model
 from .engine.experts import experts_off, refuse_experts
 from .engine.inputs import as_rows
 from .engine.intervals import Estimate
@@ -264,6 +265,7 @@ def load_units(
 def prune(
     model: PreTrainedModel,  # not changed
     mask: UnitMask,  # units to remove
+    equal_widths: bool = False,  # True: plain transformers can load it; heads stay
 ) -> PreTrainedModel:
     "A smaller copy, equal to `pruned` in function. Raises `SsahError` where it would not be."
     if hasattr(model.config, "ssah_kept"):
@@ -274,6 +276,8 @@ def prune(
     modules = depth_two(model)
     refuse_experts(modules)
     kept = can_stay(modules, {"mlp": mask.mlp, "attention": mask.attention})
+    if equal_widths:
+        kept = one_width(kept)
     plan = cut_plan(model, modules, kept)
     for name in plan:
         plain_linear(model, name)
@@ -281,6 +285,9 @@ def prune(
         smaller, wanted = copy.deepcopy(model), trial_states(model)
     cut(smaller, plan)
     check_cut(smaller, wanted)
+    if equal_widths:
+        tell_width(smaller, int(kept["mlp"][0].sum()))
+        return smaller
     indices = lambda rows: [torch.nonzero(row).flatten().tolist() for row in rows]
     smaller.config.ssah_kept = {kind: indices(rows) for kind, rows in kept.items()}
     return smaller

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from helpers import one_line
 from helpers_calibration import TOKENIZER
 from helpers_units import IDS, MASKS, pairs, same_bits, use, with_biases
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from ssah_nb.attribution import importance
 from ssah_nb.classes import load_pruned, prune, pruned
@@ -212,3 +214,52 @@ def test_a_pruned_model_can_be_trained():
     small(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
     assert unit_parameters(tiny_model())["mlp"] == 96
+
+
+# Equal widths, for plain transformers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_equal_widths_load_in_plain_transformers(architecture, tmp_path):
+    model = with_biases(architecture, tie_word_embeddings=architecture in ("qwen3", "gemma2"))
+    model.generation_config.max_new_tokens = 12
+    for name in ("everything", "all heads of a layer", "random 0"):
+        mask = MASKS[name]
+        with pruned(model, mask):
+            expected, tokens = model(IDS).logits, model.generate(IDS, do_sample=False)
+        left = max(1, 32 - int(mask.mlp.sum(1).min()))  # of the widest layer
+        smaller = prune(model, mask, equal_widths=True)
+        plain = AutoModelForCausalLM.from_pretrained(save_model(smaller, TOKENIZER, tmp_path / "m"))
+        torch.testing.assert_close(plain(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(plain.generate(IDS, do_sample=False), tokens), name
+        assert plain.config.intermediate_size == left
+        saved = sum(p.numel() for p in model.parameters()) - plain.num_parameters()
+        assert saved == 2 * 3 * 32 * (32 - left), name
+    assert model.config.intermediate_size == 32
+    loaded, _ = load_model(tmp_path / "m")
+    assert torch.equal(loaded(IDS).logits, plain(IDS).logits)
+    with pytest.raises(SsahError, match="holds no pruned model; load it with load_model"):
+        load_pruned(tmp_path / "m")
+
+
+def test_what_one_width_saves():
+    "The layer with the fewest pruned channels sets it; the columns that were filled up are zero."
+    mask = UnitMask(torch.zeros(2, 32, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool))
+    mask.mlp[0, :20] = mask.mlp[1, 4:9] = True
+    first, second = prune(tiny_model(), mask, equal_widths=True).model.layers
+    assert first.mlp.down_proj.weight.shape == second.mlp.down_proj.weight.shape == (32, 27)
+    assert (first.mlp.down_proj.weight == 0).all(0).sum() == 15
+    assert second.mlp.down_proj.weight.any(0).all()
+    again = prune(prune(tiny_model(), mask, True), UnitMask(mask.mlp[:, 5:], mask.attention), True)
+    assert again.config.intermediate_size < 27  # it is an ordinary model
+
+
+def test_a_configuration_that_cannot_say_the_width(monkeypatch):
+    model, whole = tiny_model(), tiny_model()
+    deaf = staticmethod(lambda config: whole)  # whatever its configuration says
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", deaf)
+    words = r"cannot say that each MLP has \d+ channels \(other shapes\); leave equal_widths out"
+    with pytest.raises(SsahError, match=words) as error:
+        prune(model, MASKS["random 0"], equal_widths=True)
+    one_line(error)

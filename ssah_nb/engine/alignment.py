@@ -22,7 +22,6 @@ __all__ = [
 import hashlib
 import json
 import random
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -150,8 +149,6 @@ def aligned_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            for left_by_a_kill in folder.parent.glob(f".{folder.name}.*"):
-                shutil.rmtree(left_by_a_kill, ignore_errors=True)
             make_recipe(recipe, mixed, device, folder)
     return folder
 
@@ -187,7 +184,8 @@ def aligned_model_of(
     if follows_recipe(model, splits, training):
         return load_model(aligned_folder(model.device, model.ssah_mixed), run.dtype, run.device)
     history = align(model, tokenizer, splits, **training)
-    history.to_csv(run.path("tables", "alignment_loss.csv"), index=False)
+    csv = history.to_csv(index=False, lineterminator="\n").encode()
+    write_atomic(run.path("tables", "alignment_loss.csv"), csv)
     return model, tokenizer
 
 

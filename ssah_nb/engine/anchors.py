@@ -41,6 +41,7 @@ from .batches import TokenBatch, run_blocks, token_batches
 from .forward import own_forward
 from .generation import evaluating
 from .run import SsahError
+from .sharded import refuse_sharded
 
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-005
@@ -195,7 +196,8 @@ def check_untrained(model: nn.Module):
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-017
 def shape_of(model: PreTrainedModel) -> dict:  # a causal language model, PEFT-wrapped or not
-    "What two models must share for the anchor of one to hold the other."
+    "What two models must share for the anchor of one to hold the other. Raises `SsahError`."
+    refuse_sharded(model, "an anchor")
     config = model.config.get_text_config()
     names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     return {name: getattr(config, name, None) for name in names}

@@ -8,7 +8,9 @@ __all__ = ['can_make', 'save_calibration', 'read_calibration', 'with_halves']
 # %% ../../nbs/engine/calibration.ipynb #calibration-002
 import json
 from pathlib import Path
-from .run import Run, SsahError, write_atomic
+
+from .files import write_atomic
+from .run import Run, SsahError
 
 
 # %% ../../nbs/engine/calibration.ipynb #calibration-004
@@ -24,9 +26,9 @@ def can_make(run: Run, path: Path) -> bool:  # path: what chapter 03 saves
 
 
 def save_calibration(run: Run, sets: dict[str, list[dict]], options: dict):
-    "Write the pairs and the options of `importance`."
+    "Write the pairs and the options of `importance`; the safety pairs are the model's own words."
     text = json.dumps({"sets": sets, "options": options}, indent=1)
-    write_atomic(run.path("calibration.json"), text.encode())
+    write_atomic(run.path("calibration.json"), text.encode(), private=True)
 
 
 def read_calibration(run: Run) -> tuple[dict[str, list[dict]], dict]:

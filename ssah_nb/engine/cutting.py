@@ -12,11 +12,15 @@ __all__ = [
     'cut',
     'cut_plan',
     'can_stay',
+    'one_width',
+    'shapes',
+    'tell_width',
     'whole_model',
     'fill',
 ]
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-002
+import copy
 import torch
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +135,40 @@ def can_stay(
         empty = ~kept[kind].any(1)
         kept[kind][empty, :group] = True
     return kept
+
+
+# %% ../../nbs/engine/cutting.ipynb #cutting-025
+def one_width(kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "What stays, from `can_stay`, when all MLPs have the width of the widest and all heads stay."
+    channels = kept["mlp"]
+    width = int(channels.sum(1).max())
+    first = channels.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    same = torch.zeros_like(channels).scatter(1, first, torch.ones_like(channels))
+    return {"mlp": same, "attention": torch.ones_like(kept["attention"])}
+
+
+def shapes(model: nn.Module) -> dict[str, tuple]:  # any model
+    "The shape of each weight."
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def tell_width(
+    model: PreTrainedModel,  # cut as `one_width` says; its configuration is changed
+    width: int,  # of the MLPs now
+):
+    "Write the width into the configuration. Raises `SsahError` where it has no word for it."
+    model.config.get_text_config().intermediate_size = width
+    try:
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+        right, why = shapes(plain) == shapes(model), "other shapes"
+    except Exception as e:  # a configuration may check itself
+        right, why = False, first_line(e)
+    if not right:
+        raise SsahError(
+            f"the configuration of {type(model).__name__} cannot say that each MLP has {width} "
+            f"channels ({why}); leave equal_widths out, and load the model with load_pruned"
+        )
 
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-019

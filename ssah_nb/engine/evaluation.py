@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-002
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -37,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import response_losses, token_batches
 from .chat import encode_pairs
+from .files import write_private
 from .forward import context_of
 from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
@@ -50,7 +50,7 @@ from ssah_nb.engine.limits import (
     check_shares,
 )
 from .margin import refusal_margin
-from .run import SsahError, progress, write_atomic
+from .run import SsahError, progress
 from .states import check_in_memory, check_values
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-008
@@ -281,9 +281,8 @@ def rates_of(
 
 
 def save_completions(path: str | Path, **said: Iterable[tuple[str, str]]):
-    "Write (prompt, response) rows by kind as JSON, so that another judge can read them."
-    rows = {kind: list(pairs) for kind, pairs in said.items()}
-    write_atomic(path, json.dumps(rows, indent=1).encode())
+    "Write (prompt, response) rows by kind as private JSON, so that another judge can read them."
+    write_private(path, {kind: list(pairs) for kind, pairs in said.items()})
 
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-030

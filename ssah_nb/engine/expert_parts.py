@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from .experts import FUSED, is_fused
 from .live import LiveTensor, show
+from .sharded import gathered, is_sharded, put, refuse_meta, sliced
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -100,18 +101,24 @@ class SplitExperts(nn.Module):
         weights = {name: Together.apply(*self.parts(name)) for name in FUSED}
         return functional_call(self.shell, weights, args, kwargs)
 
+    def _apply(self, fn, recurse=True):  # .to(...), .cuda(), ...
+        super()._apply(fn, recurse)
+        refuse_meta(self)
+        return self
+
     @torch.no_grad()
     def original(self, name: str) -> torch.Tensor:  # name: one of FUSED
         "The original's fused tensor, with what was trained: a copy."
-        return together(*self.parts(name))
+        trained, frozen, mask, dim = self.parts(name)
+        return together(gathered(trained), gathered(frozen), mask, dim)
 
     @torch.no_grad()
     def fill(self, name: str, new: torch.Tensor):  # name: one of FUSED
         "Take over an original's fused tensor."
         trained, frozen, mask, dim = self.parts(name)
-        rows = by_rows(new.to(trained.device), dim)
-        trained.copy_(rows[~mask])
-        frozen.copy_(rows[mask])
+        rows = by_rows(gathered(new).to(trained.device), dim)
+        put(trained, rows[~mask])
+        put(frozen, rows[mask])
 
     def shown(self, name: str) -> LiveTensor:  # name: one of FUSED
         "The original's tensor: reading it is always fresh, writing to it changes this."
@@ -132,7 +139,9 @@ class SplitExperts(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name in FUSED:
-            destination[prefix + name] = self.shown(name)
+            frozen = getattr(self, f"frozen_{name}")
+            shown = sliced(self.original(name), frozen) if is_sharded(frozen) else self.shown(name)
+            destination[prefix + name] = shown
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

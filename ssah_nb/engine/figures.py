@@ -18,11 +18,12 @@ __all__ = [
 
 # %% ../../nbs/engine/figures.ipynb #figures-002
 import io
+from typing import TYPE_CHECKING
 
-import matplotlib
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
+
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
 
 # %% ../../nbs/engine/figures.ipynb #figures-004
 COLOURS = {
@@ -37,7 +38,6 @@ CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000
 LOOK = {
     "font.sans-serif": ["DejaVu Sans"],
     "axes.edgecolor": "0.3",
-    "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
     "grid.color": "0.88",
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
@@ -47,15 +47,21 @@ LOOK = {
 
 def set_style():
     "Fonts, sizes and colours of every figure of this project."
-    sns.set_theme(style="whitegrid", context="paper", font_scale=1.1, rc=LOOK)
+    import matplotlib
+    import seaborn as sns
+
+    look = LOOK | {"axes.prop_cycle": matplotlib.cycler(color=CYCLE)}
+    sns.set_theme(style="whitegrid", context="paper", font_scale=1.1, rc=look)
 
 
 # %% ../../nbs/engine/figures.ipynb #figures-006
 def figure_bytes(
-    fig: plt.Figure,  # a finished figure
+    fig: "plt.Figure",  # a finished figure
     kind: str,  # "png" or "svg"
 ) -> bytes:
     "The figure as a file's content, the same bytes each time."
+    import matplotlib
+
     buffer = io.BytesIO()
     without = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with matplotlib.rc_context({"svg.hashsalt": "ssah_nb", "svg.fonttype": "path"}):
@@ -111,8 +117,10 @@ def table_text(value) -> str:  # anything; a float is rounded
 
 def table_figure(
     table: pd.DataFrame,  # at most a few dozen rows, already rounded for reading
-) -> plt.Figure:
+) -> "plt.Figure":
     "A picture of a table."
+    import matplotlib.pyplot as plt
+
     names = [str(c).replace("_", " ") for c in table.columns]
     text = [[table_text(v) for v in row] for row in table.itertuples(index=False)]
     columns = list(zip(*text)) if text else [()] * len(names)

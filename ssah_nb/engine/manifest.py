@@ -84,9 +84,9 @@ def differences(
     for part in manifest["chapters"].values():
         listed |= part["files"]
     here = {p.name for p in folder.iterdir()} - {"MANIFEST.json"}
-    both = sorted(here & listed.keys())
+    files = {name for name in here & listed.keys() if (folder / name).is_file()}
     return {
-        "missing": sorted(listed.keys() - here),
-        "changed": [name for name in both if sha256_of(folder / name) != listed[name]],
-        "extra": sorted(here - listed.keys()),
+        "missing": sorted(listed.keys() - files),
+        "changed": sorted(n for n in files if sha256_of(folder / n) != listed[n]),
+        "extra": sorted(here - files),
     }

@@ -30,7 +30,7 @@ __all__ = [
 # %% ../../nbs/engine/models.ipynb #models-002
 import json
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .files import part_of, remove_parts
 from .run import Run, SsahError, pick_device, pick_dtype, pick_mixed, progress_shown
 from .wheels import wheel_member
 
@@ -259,17 +260,21 @@ def save_model(
 
     Raises `SsahError` when the disk is full; what was in the folder is then still there."""
     folder = Path(folder)
+    work = part_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
-            model.save_pretrained(Path(work) / "new")
-            tokenizer.save_pretrained(Path(work) / "new")
-            replace_folder(Path(work) / "new", folder, Path(work) / "old")
+        remove_parts(folder)
+        work.mkdir()
+        model.save_pretrained(work / "new")
+        tokenizer.save_pretrained(work / "new")
+        replace_folder(work / "new", folder, work / "old")
     except (OSError, SafetensorError) as e:
         raise SsahError(
             f"cannot save the model to {folder} ({first_line(e)}); "
             "free some space or choose another folder"
         ) from None
+    finally:  # also when it is interrupted
+        shutil.rmtree(work, ignore_errors=True)
     return folder
 
 

@@ -25,7 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from .intervals import Estimate, wilson
 from .matched import mcnemar
@@ -126,7 +126,7 @@ def paired_difference(
     w = weights_of(d, weights)
     value, freedom = d.sum() / (len(d) * w.sum()), spread(d, w)[1]
     ends = np.quantile(resampled(d, w, seed, draws), [0.025, 0.975])
-    low, high = value + (ends - value) * stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
+    low, high = value + (ends - value) * special.stdtrit(freedom, 0.975) / special.ndtri(0.975)
     if all(np.asarray(rows).dtype == bool for rows in (before, after)):
         least = wilson(0, d.shape[1]).high
         low, high = max(-1.0, min(low, value - least)), min(1.0, max(high, value + least))
@@ -157,7 +157,7 @@ def clustered_p(
     error, freedom = spread(d, np.ones(d.shape[1]))
     if not error:
         return float(not d.any())
-    return float(2 * stats.t.sf(abs(d.mean()) / error, freedom))
+    return float(2 * special.stdtr(freedom, -abs(d.mean()) / error))
 
 
 # %% ../../nbs/engine/paired.ipynb #paired-021

@@ -32,6 +32,7 @@ from .experts import is_fused
 from .live import LiveTensor, show
 from .products import Permuted, SplitProduct, adjacent, whole
 from .run import SsahError
+from .sharded import gathered, is_sharded, put, refuse_meta, refuse_sharded, sliced
 from .weights import check_unpacked
 from weakref import WeakValueDictionary
 from torch import nn
@@ -55,12 +56,13 @@ class AdjacentParts(nn.Module):
             trained, frozen = getattr(self, f"trained_{name}"), getattr(self, f"frozen_{name}")
             if not len(trained) or not len(frozen) or trained.dtype != frozen.dtype:
                 continue
-            if not adjacent(trained, frozen):
+            if not is_sharded(trained) and not adjacent(trained, frozen):
                 sizes = [len(trained), len(frozen)]
                 trained.data, frozen.data = whole(trained, frozen).split(sizes)
 
     def _apply(self, fn, recurse=True):  # .to(...), .cuda(), ...
         super()._apply(fn, recurse)
+        refuse_meta(self)
         self.lay_together()
         return self
 
@@ -161,9 +163,14 @@ class SplitLinear(LinearParts):
         kind, frozen = ("rows", "columns")[self.dim], len(self.frozen_weight)
         return f"{self.in_features}, {self.out_features}, {frozen} {kind} frozen"
 
+    def entry(self, name: str) -> torch.Tensor:  # name: "weight" or "bias"
+        "What a state dict has of it: a live tensor, or of a sharded model a sharded copy."
+        frozen = getattr(self, f"frozen_{name}")
+        return sliced(self.original(name), frozen) if is_sharded(frozen) else show(self, name)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name in self.flags:
-            destination[prefix + name] = show(self, name)
+            destination[prefix + name] = self.entry(name)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -181,9 +188,9 @@ class SplitLinear(LinearParts):
 
     def fill(self, name: str, new: torch.Tensor):  # name: "weight" or "bias"
         "Take over an original's weight or bias."
-        (trained, frozen), rows = self.parts(name), self.as_rows(name, new)
-        trained.detach().copy_(rows[: len(trained)])
-        frozen.copy_(rows[len(trained) :])
+        (trained, frozen), rows = self.parts(name), self.as_rows(name, gathered(new))
+        put(trained, rows[: len(trained)])
+        put(frozen, rows[len(trained) :])
 
     def merged(self) -> nn.Linear:
         "The original linear, with what was trained."
@@ -294,6 +301,7 @@ def of_peft(module: nn.Module) -> bool:  # any module
 
 def mark(model: nn.Module, frozen: bool):  # model: changed in place
     "Note on each module whether it belongs to a frozen model, and which hold PEFT's adapters."
+    refuse_sharded(model, "freeze or merge")
     for module in model.modules():
         vars(module).pop("ssah_frozen", None)
         if frozen:

@@ -8,6 +8,7 @@ __all__ = ['adjacent', 'whole', 'SplitProduct', 'Permuted']
 # %% ../../nbs/engine/products.ipynb #products-002
 import torch
 import torch.nn.functional as F
+from .sharded import gathered
 from torch.autograd.function import once_differentiable
 
 
@@ -33,7 +34,7 @@ def whole(
     frozen: torch.Tensor,  # [frozen rows, ...]
 ) -> torch.Tensor:
     "All rows, the trained ones first, without a gradient: a view if adjacent, else a copy."
-    trained, frozen = trained.detach(), frozen.detach()
+    trained, frozen = gathered(trained.detach()), gathered(frozen.detach())
     if not len(trained) or not len(frozen):
         return trained if len(trained) else frozen
     if adjacent(trained, frozen):

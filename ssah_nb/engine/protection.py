@@ -43,6 +43,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .chat import encode_pairs
 from .contrast import contrast_prompts
 from .evaluation import coherence, pair_losses, save_completions
+from .files import write_private
 from .forward import context_of
 from .generation import generate
 from .judges import DEFAULT_JUDGE, judged
@@ -303,7 +304,8 @@ def harmful_pairs(
     max_new_tokens: int,  # tokens of a response
 ) -> list[dict]:
     "Harmful prompts with the unaligned model's own first words; kept under runs/ only."
-    path = run.path("protection", "harmful_pairs", f"{fingerprint(prompts, max_new_tokens)}.json")
+    name = f"{fingerprint(prompts, max_new_tokens)}.json"
+    path = run.path("completions", "harmful_pairs", name)
     if not prompts:
         return []
     if not path.exists():
@@ -312,8 +314,8 @@ def harmful_pairs(
         said = generate(unaligned, tokenizer, prompts, max_new_tokens)
         yes = judged(DEFAULT_JUDGE, prompts, said, 120)
         rows = [{"prompt": p, "response": s} for p, s, ok in zip(prompts, said, yes) if ok and s]
-        write_atomic(path, json.dumps(rows, indent=1).encode())
-    return json.loads(path.read_text())
+        write_private(path, {"pairs": rows})
+    return json.loads(path.read_text())["pairs"]
 
 
 # %% ../../nbs/engine/protection.ipynb #protection-023

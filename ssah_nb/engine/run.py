@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    'SsahError',
     'set_seed',
     'pick_device',
     'pick_dtype',
@@ -14,7 +13,6 @@ __all__ = [
     'progress_shown',
     'progress',
     'side_by_side',
-    'write_atomic',
     'project_root',
     'Run',
     'begin',
@@ -28,7 +26,6 @@ __all__ = [
 # %% ../../nbs/engine/run.ipynb #run-002
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -39,19 +36,19 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .files import SsahError, write_atomic, write_together
 from .figures import figure_bytes, readable, set_style, table_figure
 
-
-# %% ../../nbs/engine/run.ipynb #run-005
-class SsahError(ValueError):
-    "Bad input. The message is one line that names what was wrong and what to do."
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
+from .manifest import commit_of, data_behind, sha256_of
 
 
 # %% ../../nbs/engine/run.ipynb #run-007
@@ -163,33 +160,6 @@ def side_by_side(
         return list(pool.map(work, items))
 
 
-# %% ../../nbs/engine/run.ipynb #run-020
-def write_atomic(
-    path: str | Path,  # where the file shall be; its folder is made
-    data: bytes,  # the whole content
-) -> Path:
-    """Write a file whole: a crash, a kill or a full disk leaves the old file or none.
-
-    Raises `SsahError` when it cannot."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise SsahError(
-            f"cannot write {path} ({e.strerror}); nothing was changed there: "
-            "free some space or choose another folder"
-        ) from None
-    return path
-
-
 # %% ../../nbs/engine/run.ipynb #run-023
 def project_root() -> Path:
     "The nearest folder upwards that holds `settings.ini`, else the current folder."
@@ -227,15 +197,17 @@ class Run:
 
     def save_figure(
         self,
-        fig: plt.Figure,  # the figure
+        fig: "plt.Figure",  # the figure
         name: str,  # file name without its ending, e.g. "fig02_probe_steps"
         table: pd.DataFrame,  # the numbers behind it, tidy
     ):
         "Write `name`.png, .svg and .csv, byte-stable: all three, or an error."
         csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
         png, svg = figure_bytes(fig, "png"), figure_bytes(fig, "svg")
-        for ending, data in {"csv": csv, "png": png, "svg": svg}.items():
-            self.written.append(write_atomic(self.figures / f"{name}.{ending}", data))
+        endings = {"csv": csv, "png": png, "svg": svg}
+        files = {self.figures / f"{name}.{ending}": data for ending, data in endings.items()}
+        write_together(files)
+        self.written += files
 
     def save_table(
         self,
@@ -261,7 +233,10 @@ def begin(
     parameters = {
         name: value
         for name, value in names.items()
-        if isinstance(value, literals) and not name.startswith("_") and name not in skipped
+        if isinstance(value, literals)
+        and not name.startswith("_")
+        and name not in skipped
+        and not name.isupper()  # constants that were imported
     }
     return Run(names["profile"], chapter, **parameters)
 
@@ -313,15 +288,18 @@ def finish_run(
     seconds: dict[str, float] | None = None,  # what took how long; no table, as no two runs agree
 ):
     "Write this chapter's part of the manifest: parameters, versions, times, and files with sha256."
+    hashes = {path: sha256_of(path) for path in run.written}
     part = {
         "chapter": run.chapter,
+        "commit": commit_of(project_root()),
         "parameters": run.parameters,
         "minutes": round((time.time() - run.started) / 60, 2),
         "device": str(getattr(model, "device", "none")),
         "dtype": str(getattr(model, "dtype", "none")),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.written},
+        "files": {p.name: h for p, h in hashes.items() if p.parent == run.figures},
+        "kept": {p.name: h for p, h in hashes.items() if p.parent != run.figures},
     }
     if seconds:
         part["seconds"] = {name: round(s, 1) for name, s in seconds.items()}
@@ -342,6 +320,8 @@ def write_manifest(run: Run) -> dict:  # the run, all of its chapters finished
         "minutes": round(sum(p["minutes"] for p in parts), 1),
         "chapters": {p.pop("chapter"): p for p in parts},
     }
+    parameters = {name: part.get("parameters", {}) for name, part in manifest["chapters"].items()}
+    manifest["data"] = data_behind(run.folder, parameters)
     data = json.dumps(manifest, indent=1, sort_keys=True).encode()
     write_atomic(run.figures / "MANIFEST.json", data)
     return manifest

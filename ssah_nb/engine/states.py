@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from .run import SsahError
+from .sharded import refuse_sharded
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -82,6 +83,7 @@ def check_in_memory(
     train: bool = False,  # True: accelerate's offloading will not do
 ):
     "Raise `SsahError` when weights are missing that the model would need."
+    refuse_sharded(model, "this")
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if not missing:
         return

@@ -23,11 +23,11 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 import yaml
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import local_task_file
@@ -36,6 +36,9 @@ from .intervals import wilson
 from .limits import check_limits
 from .run import SsahError, progress
 from .states import check_in_memory, finite_logits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # %% ../../nbs/engine/tasks.ipynb #tasks-004
 STOCK_TASKS = {  # task -> the harness's own definition
@@ -51,8 +54,10 @@ STOCK_TASKS = {  # task -> the harness's own definition
 SIX = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "openbookqa")  # the paper's
 
 
-def questions_of(task: str, limit: int | None) -> Dataset:  # task: a name in `STOCK_TASKS`
+def questions_of(task: str, limit: int | None) -> "Dataset":  # task: a name in `STOCK_TASKS`
     "The first questions of a task, with the columns that the harness expects."
+    from datasets import Dataset
+
     questions = Dataset.from_file(str(local_task_file(task)))
     questions = questions.select(range(len(questions))[:limit])
     if task == "boolq":

@@ -11,7 +11,7 @@ import torch
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from .run import SsahError, write_atomic
+from .files import SsahError, write_together
 
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-save
@@ -21,11 +21,11 @@ def save_tensors(
     tensors: dict[str, torch.Tensor],
     info: dict,  # facts about them, of plain JSON types
 ) -> Path:
-    "Write `name`.safetensors and `name`.json, each whole or not at all."
+    "Write `name`.safetensors and `name`.json: both, or none."
     folder = Path(folder)
     pieces = {key: value.contiguous() for key, value in tensors.items()}
-    write_atomic(folder / f"{name}.safetensors", save(pieces))
-    write_atomic(folder / f"{name}.json", json.dumps(info, indent=1).encode())
+    facts = json.dumps(info, indent=1).encode()
+    write_together({folder / f"{name}.safetensors": save(pieces), folder / f"{name}.json": facts})
     return folder
 
 

@@ -8,6 +8,7 @@ __all__ = [
     'CHANGES',
     'OTHERS',
     'Way',
+    'Ways',
     'Case',
     'way_of',
     'changes_of',
@@ -27,9 +28,10 @@ __all__ = [
 import copy
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -65,7 +67,45 @@ class Way:
         return f"{self.what} ({short})" if short else self.what
 
 
-WAYS: dict[str, Way] = {}
+class Ways(MutableMapping[str, Way]):
+    "Ways by name. Before they are first read, a chapter is imported that adds its own."
+
+    def __init__(self, chapter: str):  # a module; the modules that it imports may add ways, too
+        self.chapter, self.known = chapter, {}
+
+    def all(self) -> dict[str, Way]:  # in the order in which they were added
+        "Every way there is."
+        chapter, self.chapter = self.chapter, ""
+        if chapter:
+            own = dict(self.known)
+            import_module(chapter)
+            self.known |= own  # what a reader has changed stays
+        return self.known
+
+    def __getitem__(self, name: str) -> Way:
+        return self.all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.all())
+
+    def __len__(self) -> int:
+        return len(self.all())
+
+    def __setitem__(self, name: str, way: Way):
+        self.known[name] = way
+
+    def __delitem__(self, name: str):
+        del self.all()[name]
+
+    def __ior__(self, more: "dict[str, Way] | Ways") -> "Ways":
+        self.update(more)
+        return self
+
+    def __repr__(self) -> str:
+        return repr(self.all())
+
+
+WAYS = Ways("ssah_nb.anchoring")
 CHANGES = {
     "lr_factor": "times the learning rate",
     "ema": "decay of an average of the weights, which then replaces them, 0 to 1",

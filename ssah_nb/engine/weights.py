@@ -9,6 +9,7 @@ __all__ = ['FLOATS', 'beside_weight', 'is_unpacked', 'check_unpacked']
 import torch
 from .live import LiveTensor
 from .run import SsahError
+from .sharded import refuse_sharded
 from torch import nn
 
 # %% ../../nbs/engine/weights.ipynb #weights-004
@@ -34,6 +35,7 @@ def check_unpacked(linear: nn.Module, name: str):  # name: in the model, for the
     "Raise `SsahError` unless it is a plain linear whose weight needs no unpacking."
     if is_unpacked(linear):
         return
+    refuse_sharded(linear, name)
     weight, beside = getattr(linear, "weight", None), ", ".join(beside_weight(linear)[:3])
     found = "no weight"
     if isinstance(weight, torch.Tensor):
