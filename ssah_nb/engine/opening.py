@@ -178,7 +178,7 @@ class PlainYaml(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read here; write the values out")
+            raise ValueError("aliases are not read here; write the values out")
         return super().compose_node(parent, index)
 
 
@@ -193,7 +193,7 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError(f"lists within lists, more than {DEEPEST} deep") from None
     except Exception as e:  # a date that is none, a key that is a list
-        raise ValueError(reason(e)) from None
+        raise ValueError(" ".join(str(e).split())) from None
 
 
 def read_json(
