@@ -8,6 +8,7 @@ __all__ = ['save_tensors', 'load_tensors', 'check_tensors', 'check_codes']
 # %% ../../nbs/engine/tensors.ipynb #tensors-imports
 import json
 import torch
+from collections.abc import Mapping
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -20,12 +21,16 @@ def save_tensors(
     name: str,  # of the two files, without ending
     tensors: dict[str, torch.Tensor],
     info: dict,  # facts about them, of plain JSON types
+    beside: Mapping[str, bytes] | None = None,  # further files of the folder, name -> content
 ) -> Path:
-    "Write `name`.safetensors and `name`.json: both, or none."
+    "Write `name`.safetensors, `name`.json and what stands beside them: all of it, or nothing."
     folder = Path(folder)
     pieces = {key: value.contiguous() for key, value in tensors.items()}
-    facts = json.dumps(info, indent=1).encode()
-    write_together({folder / f"{name}.safetensors": save(pieces), folder / f"{name}.json": facts})
+    files = {
+        f"{name}.safetensors": save(pieces),
+        f"{name}.json": json.dumps(info, indent=1).encode(),
+    }
+    write_together({folder / n: data for n, data in (files | dict(beside or {})).items()})
     return folder
 
 
