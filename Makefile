@@ -5,6 +5,8 @@
 #                     the attacks is taken as aligned (ALIGNED=yes or no to decide it).
 # make test           lint and all tests
 # make docs           the site, in docs/_build/html
+# make verify         the figures against their manifests, and what is behind each
+#   CHAPTER=name      run one chapter of PROFILE again and compare its tables
 # make test-browser   the site and the chapters in a real browser (needs chromium)
 # Each does all set-up first, in .venv, once.
 
@@ -12,6 +14,7 @@ PROFILE = embedded
 MODEL =
 NAME =
 ALIGNED =
+CHAPTER =
 SNAKEMAKE_FLAGS =
 PYTHON = $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell $(python) -c $(SUPPORTED) 2>/dev/null && echo $(python))))
 SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
@@ -20,7 +23,7 @@ BIN = .venv/bin
 USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
 
-.PHONY: reproduce test lint docs test-browser outputs export readme lab lock clean-run
+.PHONY: reproduce test lint docs verify test-browser outputs export readme lab lock clean-run
 
 reproduce: known-profile $(READY)
 ifeq ($(MODEL)$(NAME)$(ALIGNED),)
@@ -44,6 +47,9 @@ docs: $(READY)  ## chapters as the embedded run executed them, where runs/embedd
 	@$(BIN)/python docs/build.py
 	@$(BIN)/sphinx-build -q -W --keep-going -n -b html docs/_build/source docs/_build/html
 	@echo "site: docs/_build/html/index.html"
+
+verify: $(READY)
+	@exec $(BIN)/python workflow/verify.py $(if $(CHAPTER),--chapter '$(CHAPTER)' --profile '$(PROFILE)')
 
 test-browser: docs
 	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -q -e '.[browser]'

@@ -9,13 +9,45 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssah_nb.engine.comparison import changed_verdicts, compare_tables, run_tables, verdict_lines
+import pandas as pd
+
+from ssah_nb.engine.comparison import (
+    changed_verdicts,
+    comparable,
+    compare_tables,
+    interval_columns,
+    outside_values,
+    relative_differences,
+    run_tables,
+    verdict_lines,
+)
 from ssah_nb.engine.run import SsahError
 
+DIGITS = 0.01  # of a number without an interval: what another processor may change
 
-def main(first: Path, second: Path) -> None:
-    """Print what differs."""
-    first, second = run_tables(first), run_tables(second)
+
+def disagreements(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> list[str]:
+    """A line for each table that differs by more than its intervals, or than digits, allow."""
+    lines = [f"only in one of the runs: {name}" for name in sorted(first.keys() ^ second.keys())]
+    for name in first.keys() & second.keys():
+        if not comparable(first[name], second[name]):
+            lines.append(f"{name}: other rows or columns")
+            continue
+        outside = len(outside_values(name, first[name], second[name]))
+        judged = {
+            c for column, ends in interval_columns(first[name]).items() for c in (column, *ends)
+        }
+        off = relative_differences(first[name], second[name])
+        other = int((off.drop(columns=judged & {*off}) > DIGITS).sum().sum())
+        if outside:
+            lines.append(f"{name}: {outside} values outside the first run's 95 % intervals")
+        if other:
+            lines.append(f"{name}: {other} numbers without an interval differ by over {DIGITS:.0%}")
+    return sorted(lines)
+
+
+def show(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> None:
+    """Print how two runs' tables differ."""
     for name in sorted(first.keys() ^ second.keys()):
         print(f"only in one of the runs: {name}")
     table = compare_tables(first, second).set_index("table")
@@ -27,6 +59,11 @@ def main(first: Path, second: Path) -> None:
         print(f"{len(changed)} of {len(claims)} verdicts differ")
         for line in verdict_lines(changed):
             print(f"  {line}")
+
+
+def main(first: Path, second: Path) -> None:
+    """Print what differs between the tables of two folders."""
+    show(run_tables(first), run_tables(second))
 
 
 if __name__ == "__main__":
