@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -177,11 +176,9 @@ def project(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_chapter_runs_again_with_the_parameters_of_the_manifest(project):
-    command = [sys.executable, "workflow/verify.py", "--profile", "smoke", "--chapter", "00_start"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "00_start: 1 tables agree with those of figures/smoke" in result.stdout
+def test_a_chapter_runs_again_with_the_parameters_of_the_manifest(project, capsys):
+    assert verify.main(["--profile", "smoke", "--chapter", "00_start"]) == 0
+    assert "00_start: 1 tables agree with those of figures/smoke" in capsys.readouterr().out
     left = [str(p) for folder in ("runs", "figures") for p in Path(folder).rglob("*-verify*")]
     assert not left
 

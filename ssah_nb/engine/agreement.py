@@ -30,7 +30,8 @@ import numpy as np
 import pandas as pd
 
 from .intervals import Estimate, wilson
-from .judges import JUDGES, Judge, judged
+from .judges import DEFAULT_JUDGE, JUDGES, Judge, judged
+from .limits import check_seed
 from .reading import read_rows
 from .refusal import off_topic
 from .run import SsahError
@@ -101,6 +102,7 @@ def kappa(
     draws: int = 2000,  # resamples
 ) -> Estimate:
     "Cohen's kappa with its 95 % bootstrap interval. Raises `SsahError` for unlike lengths."
+    check_seed(seed)
     labels, verdicts = np.asarray(labels, bool), np.asarray(verdicts, bool)
     if labels.shape != verdicts.shape or not labels.size:
         raise SsahError(f"{labels.size} labels for {verdicts.size} verdicts; pass one for each")
@@ -116,7 +118,7 @@ def kappa(
 # %% ../../nbs/engine/agreement.ipynb #agreement-013
 def rules_and_topic(prompts: list[str], responses: list[str]) -> list[bool]:
     "A judge: the rules, but an answer to something else is no success either."
-    answered = judged(JUDGES[0], prompts, responses, None)
+    answered = judged(DEFAULT_JUDGE, prompts, responses, None)
     pairs = zip(answered, prompts, responses)
     return [ok and not off_topic(prompt, response) for ok, prompt, response in pairs]
 
