@@ -188,8 +188,8 @@ SPOILT = {  # what is read -> (name of the files, {what is done to them: words o
         "units",
         {
             "cut json": "cannot read .*units.json .*JSONDecodeError",
-            "json of bytes": "cannot read .*units.json .*UnicodeDecodeError",
-            "json of a list": "units.json .*a list instead of named facts",
+            "json of bytes": "cannot read .*units.json: byte 0 is not UTF-8",
+            "json of a list": "units.json .*a list instead of a dict",
             "cut tensors": "cannot read .*units.safetensors",
             "no tensors": "cannot read .*units.safetensors",
             "facts": "it lacks parameters, total",
@@ -200,8 +200,8 @@ SPOILT = {  # what is read -> (name of the files, {what is done to them: words o
         "importance",
         {
             "cut json": "cannot read .*importance.json .*JSONDecodeError",
-            "json of bytes": "cannot read .*importance.json .*UnicodeDecodeError",
-            "json of a list": "importance.json .*a list instead of named facts",
+            "json of bytes": "cannot read .*importance.json: byte 0 is not UTF-8",
+            "json of a list": "importance.json .*a list instead of a dict",
             "cut tensors": "cannot read .*importance.safetensors",
             "no tensors": "cannot read .*importance.safetensors",
             "facts": "lacks",
