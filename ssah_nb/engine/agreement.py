@@ -35,7 +35,7 @@ from .limits import check_seed
 from .reading import read_rows
 from .refusal import off_topic
 from .run import SsahError
-from .sources import WHEELS, find_source
+from .sources import find_source, pinned
 from .wheels import wheel_member
 
 # %% ../../nbs/engine/agreement.ipynb #agreement-004
@@ -59,7 +59,7 @@ def pyrit_rows() -> pd.DataFrame:
     "The rows of PyRIT, with the same columns. Raises `SsahError` when its wheel cannot be had."
     source, parts = find_source("pyrit_refusals"), []
     for member in source.members:
-        table = pd.DataFrame(read_rows(wheel_member(source.wheel, WHEELS[source.wheel], member)))
+        table = pd.DataFrame(read_rows(wheel_member(*pinned(source), member)))
         parts.append(table.assign(style=Path(member).stem))
     names = {"objective": "prompt", "assistant_response": "response"}
     rows = pd.concat(parts, ignore_index=True).rename(columns=names)

