@@ -17,6 +17,7 @@ __all__ = [
     'read_bytes',
     'read_text',
     'check_crowd',
+    'check_value',
     'check_nested',
     'parse_json',
     'PlainYaml',
@@ -136,24 +137,38 @@ def check_crowd(text: str):
         raise ValueError(f"it holds more than {MOST_VALUES:,} values; give a part of it")
 
 
+def check_value(
+    value: Any,  # from a parser
+    finite: bool,  # whether numbers must be finite
+):
+    "Raise ValueError for a number or a text that would fail wherever it is used."
+    if isinstance(value, str):
+        value.encode()  # half of a pair is no letter, and could never be written
+    if isinstance(value, int) and value.bit_length() > 512:
+        raise ValueError("a number in it has more than 150 digits")
+    if finite and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number in it is NaN or infinite")
+
+
 def check_nested(
     value: Any,  # from a parser
     finite: bool,  # whether numbers must be finite
 ):
-    "Raise ValueError for lists too deep in each other, and for a number that must not be there."
+    "Raise ValueError for lists too deep in each other, and as `check_value` for what they hold."
     level, depth = [value], 0
     while level:
         if depth > DEEPEST:
             raise ValueError(f"lists within lists, more than {DEEPEST} deep")
-        if finite and any(isinstance(v, float) and not math.isfinite(v) for v in level):
-            raise ValueError("a number in it is NaN or infinite")
-        level = [
-            inner
+        for v in level:
+            check_value(v, finite)
+        names = (name for v in level if isinstance(v, dict) for name in v)
+        inner = (
+            part
             for v in level
             if isinstance(v, (list, dict))
-            for inner in (v.values() if isinstance(v, dict) else v)
-        ]
-        depth += 1
+            for part in (v.values() if isinstance(v, dict) else v)
+        )
+        level, depth = [*names, *inner], depth + 1
 
 
 def parse_json(
@@ -165,11 +180,9 @@ def parse_json(
     try:
         found = json.loads(text)
         check_nested(found, finite)
+        return found
     except RecursionError:
         raise ValueError(f"lists within lists, more than {DEEPEST} deep") from None
-    if "\\ud" in text.casefold():  # half of a pair is no letter, and could never be written
-        json.dumps(found, ensure_ascii=False).encode()
-    return found
 
 
 # %% ../../nbs/engine/opening.ipynb #opening-010

@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     'PARSERS',
-    'UNREADABLE',
     'parse_csv',
     'lines',
     'preferred',
@@ -19,17 +18,15 @@ __all__ = [
 
 # %% ../../nbs/engine/reading.ipynb #reading-002
 import csv
-import gzip
 import io
-import json
-import zlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import yaml
-
 from .inputs import CONVERSATIONS, as_rows, first_of, is_message
 from .inputs import is_missing, one_turn
+from .opening import MOST_VALUES, check_crowd, parse_json, parse_yaml
+from .opening import read_text, reason
 from .run import SsahError
 from .sources import Source
 
@@ -42,12 +39,14 @@ def parse_csv(text: str, header: bool) -> list[dict]:
 
     Raises `SsahError` for a name that stands twice, and for a row with a cell too many."""
     names = None if header else ["prompt"]
-    while header and text.startswith("# "):
-        text = text.partition("\n")[2]
+    if header:
+        text = re.sub(r"\A(# .*\n)+", "", text)
     table = csv.DictReader(io.StringIO(text, newline=""), names, strict=True)
     names = table.fieldnames or []
     if len(set(names)) < len(names):
         raise SsahError(f"two columns have one name ({', '.join(names)}); rename one of them")
+    if len(names) * text.count("\n") > MOST_VALUES:  # a short row gets all columns
+        raise SsahError(f"it would have more than {MOST_VALUES:,} cells; give a part of it")
     rows = list(table)
     for row, cells in enumerate(rows):
         if None in cells:
@@ -64,9 +63,9 @@ def lines(text: str) -> list[str]:
 
 PARSERS = {  # ending -> (text, header) -> rows
     "csv": parse_csv,
-    "json": lambda text, header: json.loads(text),
-    "jsonl": lambda text, header: [json.loads(line) for line in lines(text)],
-    "prompt": lambda text, header: yaml.safe_load(text)["seeds"],
+    "json": lambda text, header: parse_json(text, finite=False),
+    "jsonl": lambda text, header: [parse_json(line, False) for line in lines(text)],
+    "prompt": lambda text, header: parse_yaml(text)["seeds"],
     "txt": lambda text, header: [{"prompt": line} for line in lines(text)],
 }
 
@@ -84,19 +83,6 @@ def preferred(rows: list[dict]) -> list[dict]:
 
 
 # %% ../../nbs/engine/reading.ipynb #reading-005
-UNREADABLE = (  # what the parsers raise for a file that is not what its name says
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    yaml.YAMLError,
-    csv.Error,
-    zlib.error,
-    RecursionError,  # thousands of lists within lists
-)
-
-
 def checked_rows(parsed) -> list[dict]:  # what a parser gave
     "The rows, each a dict; a dict of columns is turned into rows. Raises `SsahError` by row."
     rows = as_rows(parsed, "rows with named columns")
@@ -119,23 +105,16 @@ def read_rows(
         raise SsahError(
             f"cannot read {path}: unknown file type; use {', '.join('.' + e for e in PARSERS)}"
         )
+    text = read_text(path)
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        rows = checked_rows(PARSERS[ending](data.decode("utf-8-sig"), header))
-    except OSError as e:
-        raise SsahError(f"cannot read {path} ({e.strerror or e}); check the path") from None
-    except UnicodeDecodeError as e:
-        raise SsahError(
-            f"cannot read {path}: byte {e.start} is not UTF-8; save the file as UTF-8"
-        ) from None
+        check_crowd(text)
+        return preferred(checked_rows(PARSERS[ending](text, header)))
     except SsahError as e:
         raise SsahError(f"cannot read {path}: {e}") from None
-    except UNREADABLE as e:
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
-        raise SsahError(f"cannot read {path} ({why}); expected rows with named columns") from None
-    return preferred(rows)
+    except Exception as e:  # the parsers raise what they stumble on
+        raise SsahError(
+            f"cannot read {path} ({reason(e)}); expected rows with named columns"
+        ) from None
 
 
 # %% ../../nbs/engine/reading.ipynb #be9d099d
