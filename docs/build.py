@@ -22,6 +22,8 @@ from ssah_nb.engine.figures import readable
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "docs/_build/source"
 EXECUTED = ROOT / "runs/embedded/notebooks"
+COVERAGE = ROOT / "docs/coverage.csv"
+PAPERS = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # page -> file
 COMPARED = ROOT / "runs/protection/notebooks"  # the page beside the chapters
 
 
@@ -112,11 +114,7 @@ def api_entry(name: str) -> str:
 
 def write_api() -> None:
     """The API page: every public name of `ssah_nb`, by the module that defines it."""
-    public = [
-        name
-        for name, thing in vars(ssah_nb).items()
-        if not name.startswith("_") and not inspect.ismodule(thing)
-    ]
+    public = ssah_nb.__all__
     where = {name: getattr(getattr(ssah_nb, name), "__module__", "constants") for name in public}
     groups: dict[str, list[str]] = {}
     for name in sorted(public):
@@ -197,6 +195,22 @@ def write_architectures() -> None:
     (SOURCE / "architectures.md").write_text(text)
 
 
+def write_coverage() -> None:
+    """How much of each module the tests reach: the table that `make coverage` wrote."""
+    text = "# Coverage\n\n"
+    text += (
+        "Tests run the statements of a module, or they do not. This is the share that they run, "
+        "chapters in their kernels included. `make coverage` measures it anew.\n\n"
+    )
+    if COVERAGE.exists():
+        table = pd.read_csv(COVERAGE).rename(columns={"covered": "covered (%)"})
+        html = table.to_html(index=False, border=0)
+        text += f"<div class='table-wrapper'>\n{html}\n</div>\n"
+    else:
+        text += "It has not been measured here.\n"
+    (SOURCE / "coverage.md").write_text(text)
+
+
 def keep_link(match: re.Match) -> str:
     """A link of the README as the site has it: pages stay, files come along, folders are words."""
     words, target = match.groups()
@@ -211,6 +225,13 @@ def keep_link(match: re.Match) -> str:
     return f"[{words}]({target})"
 
 
+def write_papers() -> None:
+    """CONTRIBUTING and CHANGELOG as pages."""
+    for name, file in PAPERS.items():
+        text = re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", keep_link, (ROOT / file).read_text())
+        (SOURCE / f"{name}.md").write_text(text)
+
+
 def write_index(chapters: list[Path], pages: list[Path]) -> None:
     """The first page: the README, and the tables of contents."""
     readme = (ROOT / "README.md").read_text()
@@ -218,7 +239,7 @@ def write_index(chapters: list[Path], pages: list[Path]) -> None:
     lists = {
         "Chapters": [path.stem for path in chapters],
         "Engine": [str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in pages],
-        "Reference": ["api", "architectures", "results", "tried"],
+        "Reference": ["api", "architectures", "results", "coverage", "tried", *PAPERS],
     }
     for caption, names in lists.items():
         listed = "\n".join(names)
@@ -236,6 +257,8 @@ def main() -> None:
     write_api()
     write_results()
     write_architectures()
+    write_coverage()
+    write_papers()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ __all__ = [
     'anchor_loss',
     'anchor_callback',
     'anchor_report',
-    'save_anchor',
-    'load_anchor',
+    'anchor_files',
+    'anchor_of',
     'anchored',
 ]
 
@@ -28,7 +28,6 @@ __all__ = [
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -41,9 +40,11 @@ from .engine.batches import pad_batch
 from .engine.chat import encode_pairs
 from .engine.experts import refuse_held_experts
 from .engine.generation import evaluating
+from .engine.hub import Shared
 from .engine.inputs import as_pairs
+from .engine.origin import origin
 from .engine.run import SsahError
-from .engine.tensors import load_tensors, save_tensors
+from .engine.template import chat_record
 from .engine.ways import Case, Way
 from .freezing import WAYS
 from .units import UnitMask, check_mask, depth_two
@@ -80,8 +81,11 @@ def unit_drift(
 
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-010
-class Anchor:
+class Anchor(Shared):
     "Holds what a model says on refusals, or what some of its units say, while it is trained."
+
+    called, kept_as, hidden = "anchor", "anchor", ("encoded",)
+    needs = ("options", "step", "shape", "encoded", "model")
 
     def __init__(
         self,
@@ -119,6 +123,7 @@ def prepare(
         check_mask(anchor.units, model)
     anchor.shape, anchor.model = shape_of(model), weakref.ref(model)
     anchor.encoded = encode_pairs(tokenizer, refusals, system, anchor.options["tokens"])
+    anchor.origin = origin(model, anchor.encoded) | {"chat template": chat_record(tokenizer)}
     anchor.reference = reference_of(anchor, model)
 
 
@@ -258,31 +263,27 @@ Anchor.report = anchor_report
 
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-030
-def save_anchor(anchor: Anchor, folder: str | Path) -> Path:  # folder: made when it is not there
-    "Write `anchor.safetensors` and `anchor.json`."
+def anchor_files(anchor: Anchor) -> tuple[dict[str, torch.Tensor], dict]:
+    "The tensors by name, and the facts, as they are written."
     tensors = {f"{i}.{k}": v for i, kept in enumerate(anchor.reference) for k, v in kept.items()}
     info = {"options": anchor.options, "step": anchor.step, "shape": anchor.shape}
-    info |= {"encoded": anchor.encoded, "model": None}
+    info |= {"encoded": anchor.encoded, "model": None} | anchor.origin
     if anchor.units is not None:
         info["model"] = anchor.units.model
         tensors |= {"mask.mlp": anchor.units.mlp, "mask.attention": anchor.units.attention}
-    return save_tensors(folder, "anchor", tensors, info)
-
-
-Anchor.save = save_anchor
+    return tensors, info
 
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-031
-def load_anchor(folder: str | Path) -> Anchor:  # what `save` wrote
-    "Read an anchor. Raises `SsahError` for a folder without one."
-    missing = f"no anchor in {folder}; write one with anchor.save(folder)"
-    tensors, info = load_tensors(folder, "anchor", missing)
-    anchor, parts = Anchor.__new__(Anchor), {}
+def anchor_of(cls, tensors: dict, info: dict, where: str) -> Anchor:  # where: for the error
+    "Put together again."
+    anchor, parts = cls.__new__(cls), {}
     for name in sorted(set(tensors) - {"mask.mlp", "mask.attention"}):
         place, _, what = name.partition(".")
         parts.setdefault(int(place), {})[what] = tensors[name]
     anchor.options, anchor.step, anchor.shape = info["options"], info["step"], info["shape"]
     anchor.encoded = [tuple(pair) for pair in info["encoded"]]
+    anchor.origin = {name: value for name, value in info.items() if name not in cls.needs}
     anchor.reference = [parts[place] for place in sorted(parts)]
     anchor.model, anchor.masks, anchor.units = (lambda: None), weakref.WeakKeyDictionary(), None
     if "mask.mlp" in tensors:
@@ -290,7 +291,7 @@ def load_anchor(folder: str | Path) -> Anchor:  # what `save` wrote
     return anchor
 
 
-Anchor.load = staticmethod(load_anchor)
+Anchor.to_files, Anchor.from_files = anchor_files, classmethod(anchor_of)
 
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-w02

@@ -19,7 +19,6 @@ __all__ = [
 # %% ../nbs/03_attribution.ipynb #03-attribution-006
 import torch
 from collections.abc import Iterable
-from pathlib import Path
 from .engine.batches import token_batches
 from .engine.chat import encode_pairs
 from .engine.template import chat_record
@@ -77,6 +76,8 @@ def zscore(x: torch.Tensor) -> torch.Tensor:  # [layers, channels]
 class Importance(Statistics):
     "Raw importance of each unit, with the statistics it came from."
 
+    needs = ("model", "parameters", "total", "method", "tokens")
+
     @property
     def mlp(self) -> torch.Tensor:  # [layers, channels], raw
         return self.channels["mlp"]
@@ -84,14 +85,6 @@ class Importance(Statistics):
     @property
     def attention(self) -> torch.Tensor:  # [layers, heads], raw: mean over the head's channels
         return self.heads(self.channels["attention"])
-
-    @classmethod
-    def load(cls, folder: str | Path):  # what `save` wrote
-        "Read them again. Raises `SsahError` for a file that was cut, or holds something else."
-        found, facts = super().load(folder), ("model", "parameters", "total", "method", "tokens")
-        if missing := ", ".join(key for key in facts if key not in found.info):
-            raise SsahError(f"the importance in {folder} lacks {missing}; write it again")
-        return found
 
     def heads(self, channels: torch.Tensor) -> torch.Tensor:  # [layers, heads·head_dim]
         return channels.unflatten(1, (self.info["model"]["heads"], -1)).mean(-1)
@@ -148,7 +141,7 @@ def importance(
     check_request(pairs, tokens, method, max_response, max_tokens)
     encoded = encode_pairs(tokenizer, pairs, system, max_response, context_of(model))
     batches = list(token_batches(encoded, max_tokens, model))
-    info = facts(model, max_response) | {"chat template": chat_record(tokenizer)}
+    info = facts(model, max_response) | {"chat template": chat_record(tokenizer), "system": system}
     return score_batches(Importance, info, model, depth_two(model), batches, method, tokens)
 
 

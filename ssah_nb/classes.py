@@ -10,6 +10,7 @@ __all__ = [
     'top_units',
     'as_map',
     'levelled',
+    'behind',
     'classify',
     'chosen_channels',
     'pruned',
@@ -125,6 +126,12 @@ def levelled(
 
 
 # %% ../nbs/04_classes.ipynb #04-classes-029
+def behind(scores: Scores, mask: UnitMask) -> Scores:  # mask: units that come after all others
+    "The scores, with minus infinity for some units."
+    kinds = ("mlp", "attention")
+    return Scores(*(getattr(scores, k).masked_fill(getattr(mask, k), -torch.inf) for k in kinds))
+
+
 def classify(
     safety: Importance | None,  # on (harmful prompt, refusal); None: the model is unaligned
     utility: Importance,  # on (benign prompt, response)
@@ -143,9 +150,10 @@ def classify(
         return as_map(u, "UU", {"RU": top_units(-u, ru, info, ratio_of)}, info)
     check_same_scoring(safety, utility)
     s, u = levelled(safety, utility, square_attention)
-    ranked = {"RU": (-(s + u), ru), "UCU": (u - s, ucu), "SCU": (s - u, scu)}
-    classes = {name: top_units(*r, info, ratio_of) for name, r in ranked.items()}
-    if len(classes["UCU"] & classes["SCU"]):
+    first = top_units(s - u, scu, info, ratio_of)
+    ranked = {"RU": (-(s + u), ru), "UCU": (behind(u - s, first), ucu)}  # a tie is no overlap
+    classes = {name: top_units(*r, info, ratio_of) for name, r in ranked.items()} | {"SCU": first}
+    if len(classes["UCU"] & first):
         raise SsahError(f"the ratios scu={scu} and ucu={ucu} overlap; lower one of them")
     return as_map(s - u, "CU", classes, info)
 

@@ -84,7 +84,8 @@ def first_words(
 ) -> str:
     "The beginning of a text, which is all that this book shows of harmful ones."
     words = text.split()
-    return " ".join(words[:count]) + (" …" if len(words) > count else "")
+    shown = " ".join(words[:count])[: 12 * count]  # not every language puts spaces
+    return shown + (" …" if len(shown) < len(" ".join(words)) else "")
 
 
 # %% ../nbs/00_start.ipynb #00-start-baseline

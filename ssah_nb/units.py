@@ -25,8 +25,9 @@ __all__ = [
     'split_units',
     'top_cu',
     'unit_table',
-    'save_unit_map',
-    'load_unit_map',
+    'unit_map_files',
+    'unit_map_of',
+    'shown_units',
     'check_mask',
 ]
 
@@ -35,15 +36,17 @@ import pandas as pd
 import torch
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from .engine.batches import UNIT_NEEDS, decoder
 from .engine.blocks import check_equal_layers, lacking
 from .engine.columns import draw_like
 from .engine.experts import expert_units
 from .engine.experts import is_fused, sizes
+from .engine.figures import figure_bytes
+from .engine.hub import Shared, markdown_table
+from .engine.limits import check_seed
 from .engine.proof import architecture, prove
 from .engine.run import SsahError
-from .engine.tensors import check_codes, load_tensors, save_tensors
+from .engine.tensors import check_codes
 from torch import nn
 
 
@@ -227,6 +230,7 @@ def random_like(
     among: UnitMask | None = None,  # choose among these units only
 ) -> UnitMask:
     "A control: as many random channels and heads. Raises `SsahError` when there are too few."
+    check_seed(seed)
     everything = mask | ~mask
     pool = everything if among is None else among & everything
     generator = torch.Generator().manual_seed(seed)
@@ -262,8 +266,10 @@ CLASSES = ("SCU", "UCU", "CU", "RU", "UU")
 
 
 @dataclass(eq=False)
-class UnitMap:
+class UnitMap(Shared):
     "The class of every unit of one model (paper, section 3)."
+
+    called, kept_as, needs = "unit map", "units", ("parameters", "total")
 
     mlp: torch.Tensor  # uint8 [layers, channels], index into CLASSES
     attention: torch.Tensor  # uint8 [layers, heads]
@@ -367,23 +373,32 @@ UnitMap.to_pandas = unit_table
 
 
 # %% ../nbs/01_units.ipynb #01-units-save
-def save_unit_map(units: UnitMap, folder: str | Path):  # folder: made when it is not there
-    "Write `units.safetensors` and `units.json`."
+def unit_map_files(units: UnitMap) -> tuple[dict[str, torch.Tensor], dict]:
+    "The tensors by name, and the facts, as they are written."
     tensors = {"mlp": units.mlp, "attention": units.attention}
     scores = {"order.mlp": units.order.mlp, "order.attention": units.order.attention}
-    save_tensors(folder, "units", tensors | scores, units.info)
+    return tensors | scores, units.info
 
 
-def load_unit_map(folder: str | Path) -> UnitMap:  # what `save_unit_map` wrote
-    "Read a unit map. Raises `SsahError` when there is none, or a file was cut or changed."
-    missing = f"no unit map in {folder}; write one with units.save_pretrained(folder)"
-    tensors, info = load_tensors(folder, "units", missing, ("parameters", "total"))
-    check_codes(tensors, ("mlp", "attention"), len(CLASSES), f"the unit map in {folder}")
+def unit_map_of(cls, tensors: dict, info: dict, where: str) -> UnitMap:  # where: for the error
+    "Put together again. Raises `SsahError` for codes or an order that do not fit together."
+    check_codes(tensors, ("mlp", "attention"), len(CLASSES), where)
     order = Scores(tensors["order.mlp"], tensors["order.attention"])
-    return UnitMap(tensors["mlp"], tensors["attention"], order, info)
+    return cls(tensors["mlp"], tensors["attention"], order, info)
 
 
-UnitMap.save_pretrained, UnitMap.from_pretrained = save_unit_map, staticmethod(load_unit_map)
+def shown_units(units: UnitMap) -> tuple[str, dict[str, bytes]]:
+    "For the model card: a table of the class shares, and a picture of them over the layers."
+    from ssah_nb.engine.drawings.classes import draw_classes_by_layer, shares_by_layer
+
+    picture = draw_classes_by_layer(shares_by_layer(units.to_pandas()))
+    title, seen = "## Classes", "![The share of each class in each layer](classes.png)"
+    text = "\n\n".join([title, markdown_table(units.shares()), seen])
+    return text, {"classes.png": figure_bytes(picture, "png")}
+
+
+UnitMap.to_files, UnitMap.from_files = unit_map_files, classmethod(unit_map_of)
+UnitMap.shown = shown_units
 
 
 # %% ../nbs/01_units.ipynb #01-units-check

@@ -137,7 +137,7 @@ def test_hub_at_a_pinned_revision_and_never_its_code(monkeypatch):
         safe = {"prompt": "May I kill a process?", "label": "safe"}
         return Dataset.from_list([safe, {"prompt": "x", "label": "unsafe"}])
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     pairs = load_pairs("xstest", source="hub")
     assert [pair["prompt"] for pair in pairs] == ["May I kill a process?"]
     arguments, options = calls[0]
@@ -156,7 +156,7 @@ def test_hub_out_of_reach(monkeypatch):
     def load_dataset(*arguments, **options):
         raise ConnectionError("cannot reach\nthe hub")
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(SsahError, match="dolly.*path=") as error:
         load_pairs("dolly", source="hub")
     one_line(error)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from threading import Lock
 from transformers import PreTrainedModel
 from .experts import fused_weight, is_fused, whole_experts
+from .limits import check_seed
 from .parts import plain_linear
 from .run import SsahError
 from torch import nn
@@ -25,6 +26,7 @@ def with_adapter(
     options: dict,  # changes to peft.LoraConfig; r=8, lora_alpha=16 on all linears unless told
 ) -> PreTrainedModel:
     "The model with a fresh LoRA adapter. Raises `SsahError` without peft."
+    check_seed(seed)
     try:
         from peft import LoraConfig, TaskType, get_peft_model  # here, because it is optional
     except ImportError:

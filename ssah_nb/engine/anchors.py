@@ -40,6 +40,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from .batches import TokenBatch, run_blocks, token_batches
 from .forward import own_forward
 from .generation import evaluating
+from .limits import check_seed
 from .run import SsahError
 from .sharded import refuse_sharded
 
@@ -155,6 +156,7 @@ def check_options(
         raise SsahError("on='units' needs the units to hold; pass a mask, e.g. units=classes.scu")
     if on == "answers" and units is not None:
         raise SsahError("on='answers' holds no units; leave units out, or pass on='units'")
+    check_seed(options["seed"])
     for name in ("tokens", "prompts", "every"):
         if type(options[name]) is not int or options[name] < 1:
             raise SsahError(f"{name}={options[name]} is not a whole number of at least 1")

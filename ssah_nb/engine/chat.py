@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from .inputs import as_pairs
+from .inputs import as_pairs, as_system
 from .limits import check_limits
 from .run import SsahError
 from .template import CLOSE, OPEN, Chat, chat_of, render
@@ -46,12 +46,14 @@ def chat_prompts(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str],  # the users' words
     system: str | None = None,  # system prompt; None: no system turn
+    answering: bool = False,  # True: up to the answer, after an empty thought
 ) -> list[str]:
     "Each prompt as the model expects it, up to where the assistant starts to speak."
-    chat = chat_of(tokenizer)
+    chat, system = chat_of(tokenizer), as_system(system)
     talks = [user_turns(chat, prompt, system) for prompt in prompts]
-    lead = "" if chat.thinking and CLOSE in chat.lead else chat.lead
-    ending = lead if chat.thinking else lead + chat.closing
+    thinks = chat.thinking and not answering
+    lead = "" if thinks and CLOSE in chat.lead else chat.lead
+    ending = lead if thinks else lead + chat.closing
     return [text + ending for text in render(tokenizer, chat, talks, True)] if talks else []
 
 
@@ -74,9 +76,11 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str],  # the users' words
     system: str | None = None,  # system prompt; None: no system turn
+    answering: bool = False,  # True: up to the answer, after an empty thought
 ) -> list[list[int]]:
     "Token ids of each chat prompt."
-    texts, bos = chat_prompts(tokenizer, prompts, system), list(chat_of(tokenizer).bos)
+    texts = chat_prompts(tokenizer, prompts, system, answering)
+    bos = list(chat_of(tokenizer).bos)
     if not texts:
         return []
     return [bos + list(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
@@ -104,7 +108,7 @@ def answer_texts(
     closed: bool,  # True: with the end-of-turn token
 ) -> list[tuple[str, str]]:
     "The text before each answer, and the answer as the template writes it."
-    chat, told = chat_of(tokenizer), []
+    chat, told, system = chat_of(tokenizer), [], as_system(system)
     asked = [user_turns(chat, pair["prompt"], system) for pair in pairs]
     said = [{"role": "assistant", "content": pair["response"]} for pair in pairs]
     prompts = render(tokenizer, chat, asked, True)

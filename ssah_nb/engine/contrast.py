@@ -17,6 +17,7 @@ from .generation import generate
 from .inputs import as_responses
 from .intervals import Estimate, bootstrap_mean, wilson
 from .judges import DEFAULT_JUDGE, Judge, judged
+from .limits import check_seed
 from .margin import refusal_margins
 
 
@@ -69,6 +70,7 @@ def contrast_report(
     """Refusals and refusal margins of the contrast prompts: safe ones, unsafe twins, difference.
 
     Each is three columns and n, as in `safety_report`."""
+    check_seed(seed)
     said = zip(contrast_prompts(), (safe_responses, unsafe_responses))
     safe, unsafe = (
         refused_each(model, tokenizer, prompts, judge, given, window, system=system, **generation)

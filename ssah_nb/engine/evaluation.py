@@ -41,7 +41,7 @@ from .forward import context_of
 from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
 from .judges import DEFAULT_JUDGE, JUDGES, Judge, check_judge, judged
-from .intervals import Estimate, bootstrap_mean, wilson
+from .intervals import Estimate, bootstrap_mean, exp_of, wilson
 from ssah_nb.engine.limits import (
     check_amounts,
     check_counts,
@@ -142,9 +142,8 @@ def pair_losses(
 
 
 def exp_mean(losses: np.ndarray, seed: int) -> Estimate:  # losses: from `pair_losses`
-    "exp of the mean loss per token, with a bootstrap over the rows."
-    mean = bootstrap_mean(losses[:, 0], losses[:, 1], seed)
-    return Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.n)
+    "exp of the mean loss per token, with a bootstrap over the rows; maybe infinite."
+    return exp_of(bootstrap_mean(losses[:, 0], losses[:, 1], seed))
 
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-021

@@ -4,25 +4,16 @@
 
 # %% auto #0
 __all__ = [
-    'SAMPLE',
-    'STRIDE',
-    'Encoded',
+    'KINDS',
     'LIBRARY',
+    'ABOUT',
     'LIMITS',
     'FORMAT',
     'HUB_NAME',
-    'KINDS',
-    'sample',
-    'weights_hash',
-    'texts_hash',
-    'encoded_again',
-    'versions_here',
-    'base_of',
-    'origin',
-    'named_base',
-    'check_base',
+    'markdown_table',
     'flattened',
     'card_of',
+    'how_to_read',
     'may_write_card',
     'place_of',
     'missing_from',
@@ -31,130 +22,44 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/hub.ipynb #hub-002
-import hashlib
-import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import pandas as pd
 import torch
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
-from torch import nn
+from huggingface_hub.utils import disable_progress_bars
 from transformers import PreTrainedModel
 
-from .batches import TokenBatch
-from .opening import is_there, reason
-from .run import SsahError
+from .figures import table_text
+from .opening import is_there, read_bytes, reason
+from .origin import check_base, named_base
+from .run import SsahError, progress_shown
 from .tensors import load_tensors, save_tensors
 
-# %% ../../nbs/engine/hub.ipynb #hub-005
-SAMPLE = 4096  # numbers of each tensor
-STRIDE = 2_654_435_761  # between two places of a sample, around and around; a prime
-
-
-def sample(weight: torch.Tensor) -> bytes:  # of any shape
-    "Some of its numbers in bfloat16, or all of a small tensor."
-    flat = weight.detach().reshape(-1)
-    if len(flat) > SAMPLE:
-        flat = flat[(torch.arange(SAMPLE) * STRIDE % len(flat)).to(flat.device)]
-    dtype = torch.bfloat16 if flat.is_floating_point() else flat.dtype
-    return flat.to("cpu", dtype, copy=True).view(torch.uint8).numpy().tobytes()
-
-
-def weights_hash(model: nn.Module) -> str | None:  # any model
-    "A digest of its weights, the same in float32 and bfloat16; None where they are elsewhere."
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        if weight.is_meta or hasattr(weight, "full_tensor"):
-            return None
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(sample(weight))
-    return digest.hexdigest()[:16]
-
-
-# %% ../../nbs/engine/hub.ipynb #hub-008
-Encoded = tuple[list[int], list[int]]  # the tokens of a prompt, and those of its response
-
-
-def texts_hash(encoded: Iterable[Encoded]) -> str:  # from `encode_pairs`, in their order
-    "A digest of what a model read."
-    pairs = [[list(prompt), list(response)] for prompt, response in encoded]
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
-
-
-def encoded_again(batches: list[TokenBatch]) -> list[Encoded]:
-    "The pairs of some batches, in the order in which they were given."
-    pairs = {}
-    for batch in batches:
-        tensors = (batch.input_ids, batch.attention_mask, batch.response_mask)
-        for row, ids, real, response in zip(batch.rows, *(t.cpu() for t in tensors)):
-            prompt = ids[real.bool() & ~response]
-            pairs[row] = (prompt.tolist(), ids[response].tolist())
-    return [pairs[row] for row in sorted(pairs)]
-
-
-def versions_here() -> dict[str, str]:
-    "The versions of the packages that a number depends on."
-    found = {}
-    for name in ("ssah_nb", "torch", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def base_of(model: PreTrainedModel) -> dict:
-    "Which model this is: its hub id and revision, its architecture, the hash of its weights."
-    config = model.config
-    revision = getattr(config, "_commit_hash", None)
-    return {
-        "id": getattr(config, "_name_or_path", None) if revision else None,
-        "revision": revision,
-        "architecture": config.get_text_config().model_type,
-        "weights": weights_hash(model),
-    }
-
-
-def origin(model: PreTrainedModel, encoded: Iterable[Encoded]) -> dict:
-    "What is kept with something that was made on this model by these texts."
-    made = {"base": base_of(model), "calibration": [texts_hash(encoded)]}
-    return made | {"versions": versions_here()}
-
-
-# %% ../../nbs/engine/hub.ipynb #hub-012
-def named_base(base: dict) -> str:  # from `base_of`
-    "A model in words."
-    name = base.get("id") or f"a {base.get('architecture')} model without a hub id"
-    revision = f"revision {base['revision']}, " if base.get("revision") else ""
-    return f"{name} ({revision}weights {base.get('weights')})"
-
-
-def check_base(
-    base: dict | None,  # what a thing says of its model, from `base_of`
-    model: PreTrainedModel,  # what it shall be used on
-    called: str,  # what the thing is called
-):
-    "Raise `SsahError` unless the thing was made on these very weights."
-    if not isinstance(base, dict) or not base.get("weights"):
-        raise SsahError(
-            f"this {called} has no hash of the weights that it was made on, so it cannot be "
-            "compared with the model; leave model out, or make it again"
-        )
-    mine = base_of(model)
-    if mine["weights"] != base["weights"]:
-        raise SsahError(
-            f"this {called} was made on {named_base(base)}, and the model is {named_base(mine)}; "
-            "load that revision, or leave model out if the model is meant to differ, as one that "
-            "was fine-tuned or has an adapter"
-        )
-
-
 # %% ../../nbs/engine/hub.ipynb #hub-015
+KINDS = {"units": "UnitMap", "importance": "Importance", "anchor": "Anchor"}  # files -> class
 LIBRARY = "library_name: ssah_nb"  # in the head of every card that is written here
+ABOUT = {  # name of the files -> what the thing is
+    "units": (
+        "The class of every unit of a model (an MLP channel or an attention head): safety critical "
+        "(SCU), utility critical (UCU), complex (CU) or redundant (RU), after section 3 of "
+        "*Superficial Safety Alignment Hypothesis*."
+    ),
+    "importance": (
+        "How much each unit of a model (an MLP channel or an attention head) matters on some "
+        "texts, after section 3 of *Superficial Safety Alignment Hypothesis*. The moments that the "
+        "scores come from are kept, so that two importances of one model can be added."
+    ),
+    "anchor": (
+        "What a model said on a few refusals before training, or what some of its units said. "
+        "Fine-tuning is held to it. The file contains the harmful prompts and the first words of "
+        "the refusals, as token ids."
+    ),
+}
 LIMITS = """
 ## Limits
 
@@ -166,6 +71,12 @@ LIMITS = """
 - Whoever knows which units keep a model safe can hold them, or switch them off. Share with that
   in mind.
 """
+
+
+def markdown_table(table: pd.DataFrame) -> str:  # small
+    "The table as markdown, its numbers rounded."
+    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(table_text, row))} |" for row in rows)
 
 
 def flattened(info: dict, under: str = "") -> Iterator[tuple[str, str]]:
@@ -181,7 +92,7 @@ def flattened(info: dict, under: str = "") -> Iterator[tuple[str, str]]:
 
 def card_of(
     called: str,  # what the thing is
-    about: str,  # a paragraph that says what that is
+    kept_as: str,  # name of its files
     info: dict,  # its facts
     further: str = "",  # tables and pictures, in markdown
     hidden: tuple[str, ...] = (),  # names of facts that are no reading
@@ -191,22 +102,29 @@ def card_of(
     tags = ["ssah_nb", called.replace(" ", "-"), "safety", "interpretability"]
     head = ModelCardData(library_name="ssah_nb", tags=tags, base_model=base.get("id")).to_yaml()
     facts = {name: value for name, value in info.items() if name not in hidden}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in flattened(facts))
+    rows = pd.DataFrame(flattened(facts), columns=["fact", "value"])
     title = f"# {called.capitalize()} of {named_base(base)}" if base else f"# {called.capitalize()}"
-    table = f"## How it was made\n\n| fact | value |\n|---|---|\n{rows}\n"
-    parts = [f"---\n{head}\n---", title, about, further, table + LIMITS]
+    table = f"## How it was made\n\n{markdown_table(rows)}\n"
+    parts = [f"---\n{head}\n---", title, ABOUT.get(kept_as, ""), how_to_read(kept_as), further]
+    parts.append(table + LIMITS)
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def how_to_read(kept_as: str) -> str:  # name of the files
+    "A line of Python for the card."
+    kind = KINDS.get(kept_as)
+    code = f"from ssah_nb import {kind}\n\n{kind}.from_pretrained(this_repository, model=model)"
+    return f"```python\n{code}\n```" if kind else ""
 
 
 def may_write_card(path: Path) -> bool:  # of a README.md
     "Whether there is none, or one that was written here."
-    return not path.exists() or LIBRARY.encode() in path.read_bytes()
+    return not is_there(path) or LIBRARY.encode() in read_bytes(path)
 
 
 # %% ../../nbs/engine/hub.ipynb #hub-018
 FORMAT = 1
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-KINDS = {"units": "UnitMap", "importance": "Importance", "anchor": "Anchor"}  # files -> class
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def place_of(
@@ -216,11 +134,15 @@ def place_of(
     token: str | None,  # of the hub
 ) -> Path:
     "The folder, or where the files of a repository were put. Raises `SsahError`."
+    if not isinstance(name, (str, Path)):
+        raise SsahError(f"{name!r} is neither a folder nor the name of a repository")
     if isinstance(name, Path) or is_there(name) or not HUB_NAME.fullmatch(name):
         if revision:
             raise SsahError(f"{name} is a folder and has no revision={revision!r}; leave that out")
         return Path(name)
     files = [f"{kept_as}.json", f"{kept_as}.safetensors"]
+    if not progress_shown():
+        disable_progress_bars()
     try:
         found = snapshot_download(name, revision=revision, token=token, allow_patterns=files)
     except Exception as e:  # the client raises whatever its connection raises
@@ -243,6 +165,9 @@ def missing_from(name: str | Path, folder: Path, kept_as: str, called: str) -> s
 def check_kind(info: dict, called: str, where: str):  # info: loses what is checked
     "Raise `SsahError` for another kind of thing, or one of a later format."
     kind, form = info.pop("kind", called), info.pop("format", FORMAT)
+    for fact, types in {"base": dict, "calibration": (list, dict), "versions": dict}.items():
+        if fact in info and not isinstance(info[fact], types):
+            raise SsahError(f"{where} has a {fact} that is none; it was changed, write it again")
     if kind != called:
         raise SsahError(f"{where} says that it is of kind {str(kind)[:40]!r}, not {called!r}")
     if type(form) is not int or not 1 <= form <= FORMAT:
@@ -258,8 +183,8 @@ class Shared:
 
     called: ClassVar[str]  # what it is, e.g. "unit map"
     kept_as: ClassVar[str]  # name of its two files, a key of KINDS
-    about: ClassVar[str]  # a paragraph for the model card
     hidden: ClassVar[tuple[str, ...]] = ()  # facts that the card leaves out
+    needs: ClassVar[tuple[str, ...]] = ()  # facts that must be there
 
     def to_files(self) -> tuple[dict[str, torch.Tensor], dict]:
         "Tensors by name, and facts of plain JSON types."
@@ -286,7 +211,7 @@ class Shared:
         beside, folder = {}, Path(folder)
         if may_write_card(folder / "README.md"):
             text, beside = self.shown()
-            card = card_of(self.called, self.about, info, text, self.hidden)
+            card = card_of(self.called, self.kept_as, info, text, self.hidden)
             beside = {"README.md": card.encode()} | beside
         return save_tensors(folder, self.kept_as, tensors, info, beside)
 
@@ -301,7 +226,7 @@ class Shared:
         "Read it again. Raises `SsahError` for what is missing, spoilt, or of another model."
         place = place_of(folder, cls.kept_as, revision, token)
         missing = missing_from(folder, place, cls.kept_as, cls.called)
-        tensors, info = load_tensors(place, cls.kept_as, missing)
+        tensors, info = load_tensors(place, cls.kept_as, missing, cls.needs)
         where = f"the {cls.called} in {folder}"
         check_kind(info, cls.called, where)
         base: Any = info.get("base")

@@ -9,6 +9,7 @@ __all__ = [
     'SPEAKERS',
     'OTHER_NAMES',
     'STRAIGHT',
+    'UNSEEN',
     'is_missing',
     'as_text',
     'first_of',
@@ -19,6 +20,7 @@ __all__ = [
     'one_turn',
     'parts_of',
     'at_least_one',
+    'as_system',
     'as_prompts',
     'as_pairs',
     'as_responses',
@@ -212,6 +214,14 @@ def at_least_one(rows: list, what: str, at_least: int):
         raise SsahError(f"no {what} given; pass at least one")
 
 
+def as_system(system: str | None) -> str | None:  # a system prompt; None: no system turn
+    "The system prompt as it is. Raises `SsahError` when it is no text."
+    if system is not None and not isinstance(system, str):
+        kind = type(system).__name__
+        raise SsahError(f"system is a {kind}; pass one string, or None for no system turn")
+    return system and as_text(system, "system", "text", may_be_empty=True)
+
+
 def as_prompts(
     prompts: Iterable[str | dict],  # the users' words, or pairs, in any container of `as_rows`
 ) -> list[str]:
@@ -298,13 +308,16 @@ def as_preferences(
 
 # %% ../../nbs/engine/inputs.ipynb #inputs-022
 STRAIGHT = str.maketrans(
-    dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("“”„‟″«»", '"') | dict.fromkeys("‐‑‒–—―−", "-")
+    dict.fromkeys("‘’‚‛′`", "'") | dict.fromkeys("“”„‟«»", '"') | dict.fromkeys("‐‑‒–—―−", "-")
 )
+UNSEEN = {"\u034f", *map(chr, range(0xFE00, 0xFE10))}  # what only chooses a letter's shape
 
 
 def normalised(text: str) -> str:  # any text
     "The text by which prompts are compared: no case, quote style, extra blank or last full stop."
-    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    seen = "".join(c for c in plain.translate(STRAIGHT) if unicodedata.category(c) != "Cf")
-    words = " ".join(seen.split())
+    apart = unicodedata.normalize("NFKD", text)  # letters and their accents
+    seen = "".join(c for c in apart if c not in UNSEEN and unicodedata.category(c) != "Cf")
+    folded = unicodedata.normalize("NFKD", seen.casefold()).casefold()
+    plain = unicodedata.normalize("NFKC", folded.replace(" \u0301", "'")).translate(STRAIGHT)
+    words = " ".join(plain.replace("''", '"').split())
     return words.rstrip(" .,;:!?。") or words

@@ -17,7 +17,7 @@ __all__ = [
 import math
 from numbers import Integral, Real
 
-from .run import SsahError
+from .files import SsahError
 
 
 # %% ../../nbs/engine/limits.ipynb #limits-006
@@ -43,9 +43,9 @@ def check_limits(**named: int | None):  # each a whole number of at least 1, or 
 
 
 def check_seed(seed: int):  # of some choice
-    "Raise `SsahError` for a seed that is no whole number from 0 up."
-    if not is_whole(seed) or seed < 0:
-        raise SsahError(f"seed={seed!r} is not usable; give a whole number of at least 0")
+    "Raise `SsahError` for a seed that is no whole number from 0 to 2³² − 1, as NumPy takes it."
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise SsahError(f"seed={seed!r} is not usable; give a whole number from 0 to 4294967295")
 
 
 # %% ../../nbs/engine/limits.ipynb #limits-009

@@ -99,7 +99,6 @@ def opening_tokens(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     openings: str | Iterable[str],  # how a response may begin
     system: str | None = None,  # system prompt; None: no system turn
-    **chat,  # further options of `encode_pairs`
 ) -> list[Tokens]:
     "Tokens of each opening, prefix-free. Raises `SsahError` for no openings or an empty one."
     given = [openings] if isinstance(openings, str) else list(openings)
@@ -108,7 +107,7 @@ def opening_tokens(
         raise SsahError(f"no usable openings in {given!r}; pass words such as ['Sure', 'Here']")
     said = [ending for word in words for ending in (word, f"{word} so")]
     pairs = [{"prompt": "?", "response": response} for response in said]
-    tokens = [response for _, response in encode_pairs(tokenizer, pairs, system, **chat)]
+    tokens = [response for _, response in encode_pairs(tokenizer, pairs, system)]
     found = []
     for word, alone, followed in zip(words, tokens[::2], tokens[1::2]):
         same = [a == b for a, b in zip(alone, followed)] + [False]
@@ -123,11 +122,10 @@ def both_openings(
     refusals: Iterable[str],  # how a refusal begins
     compliances: Iterable[str],  # how an answer begins
     system: str | None = None,  # system prompt; None: no system turn
-    **chat,  # further options of `encode_pairs`
 ) -> tuple[list[Tokens], list[Tokens]]:
     "Tokens of both lists. Raises `SsahError` where a response could begin with both."
-    no = opening_tokens(tokenizer, refusals, system, **chat)
-    yes = opening_tokens(tokenizer, compliances, system, **chat)
+    no = opening_tokens(tokenizer, refusals, system)
+    yes = opening_tokens(tokenizer, compliances, system)
     for a, b in ((a, b) for a in no for b in yes):
         if begins_with(a, b) or begins_with(b, a):
             raise SsahError(
@@ -256,13 +254,12 @@ def refusal_margins(
     refusals: Iterable[str] = REFUSAL_OPENINGS,  # how a refusal begins
     compliances: Iterable[str] = COMPLIANCE_OPENINGS,  # how an answer begins
     batch_size: int = 16,  # prompts side by side
-    **chat,  # further options of `encode_prompts`
 ) -> np.ndarray:
     """log p(refusal openings) − log p(compliance openings) of each prompt, [prompts], nats.
 
     Raises `SsahError` for no prompts, and for openings that a response could both begin with."""
-    encoded = encode_prompts(tokenizer, as_prompts(prompts), system, **chat)
-    no, yes = both_openings(tokenizer, refusals, compliances, system, **chat)
+    encoded = encode_prompts(tokenizer, as_prompts(prompts), system, answering=True)
+    no, yes = both_openings(tokenizer, refusals, compliances, system)
     scores = sequence_log_probabilities(model, encoded, no + yes, batch_size)
     log_sum = np.logaddexp.reduce
     return log_sum(scores[:, : len(no)], axis=1) - log_sum(scores[:, len(no) :], axis=1)

@@ -51,6 +51,7 @@ from transformers.utils import logging as transformers_logging
 
 from .files import part_of, remove_parts
 from .run import Run, SsahError, pick_device, pick_dtype, pick_mixed, progress_shown
+from .limits import check_seed
 from .wheels import wheel_member
 
 # %% ../../nbs/engine/models.ipynb #models-004
@@ -112,6 +113,7 @@ def tiny_model(
     if architecture not in ARCHITECTURES + MIXTURES:
         names = ", ".join(ARCHITECTURES + MIXTURES)
         raise SsahError(f"unknown architecture {architecture!r}; use one of {names}")
+    check_seed(seed)
     experts = TINY_EXPERTS if architecture in MIXTURES else {}
     sizes = AutoConfig.for_model(architecture, **(TINY_SIZES | experts | config))
     with torch.random.fork_rng():

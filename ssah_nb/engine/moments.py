@@ -15,9 +15,9 @@ __all__ = [
     'column_sums',
     'sums_of_columns',
     'sums_of_rows',
-    'save_statistics',
+    'statistics_files',
     'check_statistics',
-    'load_statistics',
+    'statistics_of',
 ]
 
 # %% ../../nbs/engine/moments.ipynb #moments-002
@@ -26,9 +26,8 @@ import torch
 from accelerate.utils import align_module_device
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from .run import SsahError
-from .tensors import check_tensors, load_tensors, save_tensors
+from .tensors import check_layers, check_tensors
 from .weights import check_unpacked
 from torch import nn
 
@@ -209,14 +208,13 @@ def sums_of_rows(
 
 
 # %% ../../nbs/engine/moments.ipynb #moments-018
-def save_statistics(
-    folder: str | Path,  # made when it is not there
+def statistics_files(
     channels: dict[str, torch.Tensor],  # scores of each kind of module
     moments: dict[str, list[Moments]],  # one a layer; empty lists for a method without data
     info: dict,  # what the scores came from
     weights: dict[str, torch.Tensor],  # what the score read from the weights
-) -> Path:
-    "Write `importance.safetensors` and `importance.json`."
+) -> tuple[dict[str, torch.Tensor], dict]:
+    "The tensors by name, and the facts, as they are written."
     tensors = {f"channels.{kind}": scores for kind, scores in channels.items()}
     tensors |= {f"weights.{kind}": weight for kind, weight in weights.items()}
     for kind, layers in moments.items():
@@ -226,29 +224,38 @@ def save_statistics(
         if any(isinstance(m, ChannelMoments) for m in layers):
             tensors[f"count.{kind}"] = torch.stack([m.count for m in layers]).double()
     plain = [m.count for layers in moments.values() for m in layers if isinstance(m.count, int)]
-    return save_tensors(folder, "importance", tensors, info | {"count": max(plain, default=0)})
+    return tensors, info | {"count": max(plain, default=0)}
 
 
 # %% ../../nbs/engine/moments.ipynb #moments-019
 def check_statistics(tensors: dict, info: dict, where: str):  # what was read, and from where
     "Raise `SsahError` for a tensor that is missing, or does not fit the scores, or for no count."
-    kinds, count = ("mlp", "attention"), info.get("count")
-    if not isinstance(count, int) or count < 0:
+    kinds, count, model = ("mlp", "attention"), info.get("count"), info.get("model") or {}
+    if count is None:
         raise SsahError(f"{where} lacks the count of its tokens; write it again")
-    check_tensors(tensors, {f"channels.{kind}": None for kind in kinds}, where)
+    channels = tuple(f"channels.{kind}" for kind in kinds)
+    check_tensors(tensors, dict.fromkeys(channels), where)
+    check_layers(tensors, channels, where, model)
+    if not model.get("heads", 1) or tensors[channels[1]].shape[1] % model.get("heads", 1):
+        raise SsahError(f"{where} has channels for no whole number of heads; write it again")
     parts = [part for part in ("mean", "m2", "count", "weights") if part == "weights" or count]
     like = {f"{p}.{kind}": tensors[f"channels.{kind}"].shape for p in parts for kind in kinds}
     optional = {n for n in like if n.startswith(("weights.", "count.")) and n not in tensors}
     check_tensors(tensors, {name: like[name] for name in like if name not in optional}, where)
+    for name in sorted(like.keys() & tensors.keys()):
+        low, high = tensors[name].aminmax()
+        if name.startswith(("m2.", "count.")) and not 0 <= low <= high < 1e18:
+            raise SsahError(f"{where} has a {name!r} that cannot be; write it again")
 
 
-def load_statistics(folder: str | Path) -> tuple[dict, dict, dict, dict]:
-    """What `save_statistics` wrote: channels, moments, info, weights.
-
-    Raises `SsahError` when nothing is there, or a file was cut or changed."""
-    missing = f"no importance in {folder}; write one with importance(...).save(folder)"
-    tensors, info = load_tensors(folder, "importance", missing)
-    check_statistics(tensors, info, f"the importance in {folder}")
+def statistics_of(
+    tensors: dict,  # from `statistics_files`
+    info: dict,  # from `statistics_files`
+    where: str,  # what was read, for the error
+) -> tuple[dict, dict, dict, dict]:
+    "Channels, moments, info, weights. Raises `SsahError` for what does not fit together."
+    check_statistics(tensors, info, where)
+    info = dict(info)
     count, kinds = info.pop("count"), ("mlp", "attention")
 
     def moments(kind: str) -> list[Moments]:

@@ -28,6 +28,7 @@ import numpy as np
 from scipy import special
 
 from .intervals import Estimate, wilson
+from .limits import check_seed
 from .matched import mcnemar
 from .run import SsahError
 
@@ -122,6 +123,7 @@ def paired_difference(
     """Mean of after − before with its 95 % interval, over prompts and orders; n: prompts.
 
     Raises `SsahError` for outcomes that do not pair up or are no finite numbers."""
+    check_seed(seed)
     d = differences(before, after)
     w = weights_of(d, weights)
     value, freedom = d.sum() / (len(d) * w.sum()), spread(d, w)[1]

@@ -48,6 +48,7 @@ from .batches import decoder, evaluation_mode
 from .experts import broken_experts
 from .models import first_line
 from .run import SsahError
+from .sharded import refuse_sharded
 from torch import nn
 
 
@@ -68,6 +69,7 @@ def few_tokens(model: nn.Module) -> torch.Tensor:  # a causal language model
 @torch.no_grad()
 def trial_states(model: nn.Module) -> torch.Tensor:  # a causal language model
     "The last states of a few tokens, [1, 8, hidden size], float32. Raises `SsahError`."
+    refuse_sharded(model, "looking for units")
     blocks, ids = decoder(model), few_tokens(model)
     try:
         with evaluation_mode(model), torch.compiler.set_stance("force_eager"):

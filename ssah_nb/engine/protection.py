@@ -18,7 +18,6 @@ __all__ = [
     'margins_of',
     'outcomes_of',
     'Case',
-    'model_digest',
     'fingerprint',
     'kept_case',
     'run_cases',
@@ -37,7 +36,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import encode_pairs
@@ -199,15 +197,6 @@ class Case:
     def name(self) -> str:
         "Of its file."
         return f"{self.condition}-{self.way}-{self.order}"
-
-
-def model_digest(model: nn.Module) -> str:
-    "A digest of all weights; another one after any change."
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def fingerprint(*what) -> str:  # numbers, texts, lists and dicts of them

@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 
 from .files import SsahError, write_atomic, write_together
 from .figures import figure_bytes, readable, set_style, table_figure
+from .limits import check_seed
 
 if TYPE_CHECKING:
     import matplotlib.pyplot as plt
@@ -52,8 +53,9 @@ from .manifest import commit_of, data_behind, sha256_of
 
 
 # %% ../../nbs/engine/run.ipynb #run-007
-def set_seed(seed: int):  # any integer; the same seed gives the same run on the same machine
+def set_seed(seed: int):  # the same seed gives the same run on the same machine
     "Seed Python, NumPy and torch, and ask torch for its deterministic kernels."
+    check_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -24,18 +24,19 @@ __all__ = [
 import torch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from .batches import TokenBatch
 from .experts import expert_columns, expert_rows, sizes
 from .limits import check_counts, check_limits
-from .moments import Moments, load_statistics, save_statistics
+from .hub import Shared
+from .moments import Moments, statistics_files, statistics_of
 from .moments import sums_of_columns, sums_of_rows
+from .origin import encoded_again, origin
 from .routed import reach
 from .run import SsahError
 from .states import check_in_memory
 from .watching import watched_moments
 from transformers import PreTrainedModel
-from typing import Any
+from typing import Any, Self
 
 
 # %% ../../nbs/engine/scores.ipynb #scores-005
@@ -149,8 +150,10 @@ def score_channels(
 
 # %% ../../nbs/engine/scores.ipynb #scores-013
 @dataclass
-class Statistics:
+class Statistics(Shared):
     "Raw scores of all channels, with the statistics they came from."
+
+    called, kept_as = "importance", "importance"
 
     channels: dict[str, torch.Tensor]  # "mlp", "attention": [layers, channels], float32, raw
     moments: dict[str, list[Moments]]  # the same keys, one a layer; empty without data
@@ -163,14 +166,14 @@ class Statistics:
             raise SsahError(f"method {self.info['method']!r} keeps no mean activations; use 'flap'")
         return torch.stack([m.mean for m in self.moments[kind]]).float()
 
-    def save(self, folder: str | Path) -> Path:  # folder: made when it is not there
-        "Write scores, moments and weights."
-        return save_statistics(folder, self.channels, self.moments, self.info, self.weights)
+    def to_files(self) -> tuple[dict[str, torch.Tensor], dict]:
+        "Scores, moments and weights by name, and the facts."
+        return statistics_files(self.channels, self.moments, self.info, self.weights)
 
     @classmethod
-    def load(cls, folder: str | Path):  # what `save` wrote
-        "Read them again, moments included."
-        return cls(*load_statistics(folder))
+    def from_files(cls, tensors: dict, info: dict, where: str) -> Self:
+        "Put together again, moments included. Raises `SsahError` for what does not fit."
+        return cls(*statistics_of(tensors, info, where))
 
 
 # %% ../../nbs/engine/scores.ipynb #scores-014
@@ -196,7 +199,8 @@ def both_together(a: Statistics, b: Statistics) -> Statistics:
         for kind, layers in a.moments.items()
     }
     channels = score_channels(METHODS[a.info["method"]], moments, a.weights)
-    return type(a)(channels, moments, a.info | reach(moments), a.weights)
+    texts = {"calibration": a.info.get("calibration", []) + b.info.get("calibration", [])}
+    return type(a)(channels, moments, a.info | texts | reach(moments), a.weights)
 
 
 Statistics.__add__ = both_together
@@ -223,6 +227,7 @@ def score_batches(
     if chosen.signal:
         moments = collect_moments(model, modules, batches, chosen, tokens)
     info = facts | {"method": method, "tokens": tokens} | reach(moments)
+    info |= origin(model, encoded_again(batches))
     return result(score_channels(chosen, moments, weights), moments, info, weights)
 
 

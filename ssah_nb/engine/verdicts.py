@@ -12,7 +12,6 @@ __all__ = [
     'stacked',
     'mean_columns',
     'change_columns',
-    'exp',
     'loss_columns',
     'against',
     'tests_against',
@@ -30,7 +29,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from .intervals import Estimate, wilson
+from .intervals import Estimate, exp, exp_of, wilson
 from .matched import mcnemar
 from .paired import clustered_p, holm, paired_difference, paired_mean, verdict_of
 from .run import SsahError
@@ -107,23 +106,17 @@ def change_columns(start: dict, cases: Cases) -> dict[str, float]:  # start: the
 
 
 # %% ../../nbs/engine/verdicts.ipynb #verdicts-008
-def exp(estimate: Estimate) -> Estimate:
-    "The exponential of a mean and of its interval."
-    ends = (estimate.value, estimate.low, estimate.high)
-    return Estimate(*map(math.exp, ends), estimate.n)
-
-
 def loss_columns(full: Cases, cases: Cases) -> dict[str, float]:
     "Both perplexities, and how many times full fine-tuning's they are in the same orders."
     row, (same, ours) = {}, in_common(full, cases)
     for name, column in (("training", "training_perplexity"), ("benign", "perplexity")):
         losses = stacked(cases, f"{name}_losses")
         sums, tokens = losses[..., 0], losses[0, :, 1]
-        row |= exp(paired_difference(np.zeros(len(tokens)), sums, tokens)).columns(column)
+        row |= exp_of(paired_difference(np.zeros(len(tokens)), sums, tokens)).columns(column)
         ratio = f"{column.removesuffix('_perplexity')}_ratio"
         if same:
             theirs, mine = (stacked(c, f"{name}_losses")[..., 0] for c in (same, ours))
-            row |= exp(paired_difference(theirs, mine, tokens)).columns(ratio)
+            row |= exp_of(paired_difference(theirs, mine, tokens)).columns(ratio)
         else:
             row |= Estimate(*[math.nan] * 3, 0).columns(ratio)
     return row
@@ -203,7 +196,7 @@ def case_table(kept: Cases) -> pd.DataFrame:  # one row for each case
             row |= wilson(sum(yes), len(yes)).columns(column)
         row["refusal_margin"] = float(np.mean(outcomes["harmful_margin"]))
         losses = np.asarray(outcomes["training_losses"])
-        row["training_perplexity"] = math.exp(losses[:, 0].sum() / losses[:, 1].sum())
+        row["training_perplexity"] = exp(losses[:, 0].sum() / losses[:, 1].sum())
         rows.append(row | {"seconds": k["done"].get("seconds", math.nan)})
     return pd.DataFrame(rows)
 

@@ -36,6 +36,11 @@ def pip_error(requirement: str, said: str, folder: Path) -> str:  # said: pip's 
             f"run '{sys.executable} -m ensurepip' and try again"
         )
     why = f"pip said: {(said.strip().splitlines() or ['nothing'])[-1]}"
+    if any(words in said for words in ("No space left", "File too large", "quota exceeded")):
+        return (
+            f"cannot fetch {requirement} ({why}); free some space, "
+            "or set SSAH_CACHE and TMPDIR to folders that have some"
+        )
     if "Retrying" in said:
         why = "no network: pip could not reach its index"
     return (
@@ -87,10 +92,12 @@ def fetch_wheel(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
             cached = next(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"), None)
-            wheel = cached or _pip_download(requirement, folder / f"partial-{name}")
-            check_wheel(wheel, sha256)
-            os.replace(wheel, folder / wheel.name)
-            shutil.rmtree(folder / f"partial-{name}", ignore_errors=True)
+            try:
+                wheel = cached or _pip_download(requirement, folder / f"partial-{name}")
+                check_wheel(wheel, sha256)
+                os.replace(wheel, folder / wheel.name)
+            finally:  # also when pip failed or gave another file
+                shutil.rmtree(folder / f"partial-{name}", ignore_errors=True)
             return folder / wheel.name
     except OSError as error:
         raise SsahError(

@@ -56,19 +56,20 @@ def draw_plane(
 def shares_by_layer(
     table: pd.DataFrame,  # one row a unit: [kind, layer, class]
 ) -> pd.DataFrame:
-    "The share of each class in each layer: [kind, layer, SCU, CU, UCU, RU]."
+    "The share of each class in each layer: [kind, layer, SCU, CU, UCU, RU]; if unaligned UU, RU."
     counts = table.groupby(["kind", "layer", "class"]).size().unstack(fill_value=0)
     shares = counts.div(counts.sum(axis=1), axis=0)
-    return shares.reindex(columns=["SCU", "CU", "UCU", "RU"], fill_value=0).reset_index()
+    names = ["UU", "RU"] if "UU" in shares else ["SCU", "CU", "UCU", "RU"]
+    return shares.reindex(columns=names, fill_value=0).reset_index()
 
 
 def draw_classes_by_layer(
-    table: pd.DataFrame,  # [kind, layer, SCU, CU, UCU, RU], shares of the layer's units
+    table: pd.DataFrame,  # from `shares_by_layer`
 ) -> plt.Figure:
     "The share of each class in each layer, MLP channels and attention heads apart."
-    names = ["SCU", "UCU", "CU", "RU"]
+    names = [name for name in ("UU", "SCU", "UCU", "CU", "RU") if name in table]
     kinds = {"mlp": "MLP channels", "attention": "attention heads"}
-    fig, axes = plt.subplots(len(names), 2, figsize=(8, 5.6), sharex=True)
+    fig, axes = plt.subplots(len(names), 2, figsize=(8, 1.4 * len(names)), sharex=True)
     for column, kind in enumerate(kinds):
         own = table[table.kind == kind]
         for ax, name in zip(axes[:, column], names):

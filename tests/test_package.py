@@ -1,0 +1,92 @@
+"""The package as a whole: what an import loads, and its public names."""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import ssah_nb
+from ssah_nb.engine.ways import Way, Ways
+
+PACKAGE = Path(ssah_nb.__file__).parent
+
+
+def stub_names() -> dict[str, str]:
+    "Public name -> its module, as the stub says."
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)
+    return {alias.name: f"ssah_nb.{node.module}" for node in imports for alias in node.names}
+
+
+def fresh(code: str) -> str:
+    "What a new process prints."
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, text=True, capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+FIRST_USE = """
+import sys
+import torch, transformers
+before = set(sys.modules)
+import ssah_nb
+ours = {name for name in set(sys.modules) - before if name.startswith("ssah_nb")}
+assert ours == {"ssah_nb"}, ours
+heavy = {"matplotlib", "seaborn", "datasets", "pandas", "scipy", "lm_eval", "gguf", "peft", "trl"}
+assert not (heavy - before) & set(sys.modules), heavy & set(sys.modules)
+import transformers.modeling_utils, transformers.trainer_callback
+before = set(sys.modules)
+from ssah_nb import freeze, importance, prune
+heavy = {"matplotlib", "seaborn", "datasets", "scipy.stats", "lm_eval", "gguf", "trl"}
+assert not (heavy - before) & set(sys.modules), heavy & set(sys.modules)
+import ssah_nb.probe, ssah_nb.transfer
+from ssah_nb import probe, transfer
+assert callable(probe) and callable(ssah_nb.transfer)
+from ssah_nb.freezing import WAYS
+print(*WAYS)
+"""
+
+
+def test_an_import_loads_what_is_used_and_the_table_of_ways_is_whole():
+    assert fresh(FIRST_USE).split() == list(ssah_nb.WAYS)
+    assert {"full", "scu_all_cu", "lora", "anchor_units"} <= set(ssah_nb.WAYS)
+
+
+@pytest.mark.parametrize("name, module", stub_names().items())
+def test_a_public_name_is_that_of_its_module(name, module):
+    assert getattr(ssah_nb, name) is getattr(import_module(module), name)
+
+
+def test_public_names_can_be_listed_and_starred():
+    assert dir(ssah_nb) == ssah_nb.__all__ == sorted(stub_names())
+    names = {}
+    exec("from ssah_nb import *", names)
+    assert set(stub_names()) <= set(names)
+    with pytest.raises(AttributeError, match="nothing"):
+        ssah_nb.nothing
+
+
+CHAPTER = """
+from importlib import import_module
+ways = import_module("made_up_table").WAYS
+ways |= {"first": "the chapter's", "second": "the chapter's"}
+"""
+
+
+def test_ways_of_a_chapter_join_at_the_first_look(tmp_path, monkeypatch):
+    (tmp_path / "made_up_chapter.py").write_text(CHAPTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    table = type(sys)("made_up_table")
+    monkeypatch.setitem(sys.modules, "made_up_table", table)
+    ways = table.WAYS = Ways("made_up_chapter")
+    own = ways["first"] = Way("a reader's")
+    assert "made_up_chapter" not in sys.modules
+    assert list(ways) == ["first", "second"] and ways["first"] is own
+    assert len(ways) == 2 and "second" in ways
+    del ways["second"]
+    assert list(ways) == ["first"] and repr(ways) == repr({"first": own})
