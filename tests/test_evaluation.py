@@ -16,6 +16,7 @@ from ssah_nb.engine.evaluation import (
     coherence,
     coherence_threshold,
     earlier_report,
+    exp_mean,
     over_refusal,
     pair_losses,
     perplexity,
@@ -108,6 +109,21 @@ def test_perplexity_errors_name_the_row():
         perplexity(model, tokenizer, [{"prompt": "a", "response": "b" * 600}])
     with pytest.raises(SsahError, match="fewer than two tokens"):
         text_perplexity(model, tokenizer, "a")
+
+
+def test_a_perplexity_that_is_too_large_for_a_number_is_infinite():
+    sums = np.array([[1e3, 1.0], [2.0, 1.0], [2.0, 1.0]])
+    found = exp_mean(sums, 0)
+    assert found.value == math.exp(1004 / 3) and (found.high, found.n) == (math.inf, 3)
+    assert found.low == math.exp(2)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    pairs = [{"prompt": "Hi", "response": "Hello"}]
+    assert perplexity(model, tokenizer, pairs).value == math.inf
+    assert text_perplexity(model, tokenizer, "one two three").columns("p")["p_high"] == math.inf
+    row = safety_report(model, tokenizer, ["Hi"], pairs, max_new_tokens=2, max_perplexity=9.0)
+    assert row["perplexity"] == row["perplexity_low"] == math.inf
 
 
 def test_text_perplexity_reads_full_windows():

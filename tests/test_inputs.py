@@ -251,3 +251,36 @@ def test_what_is_no_pair_is_refused_before_anything_is_computed():
         left_out = named.get(name, set())
         check_refused({name: call}, {w: e for w, e in table.items() if w not in left_out})
     check_refused(TAKES_ROWS, some)
+
+
+SPOKEN_TO = {  # what takes a system prompt
+    "generate": lambda m, t, s: ssah_nb.generate(m, t, PROMPTS, system=s, **SHORT),
+    "attack_success": lambda m, t, s: ssah_nb.attack_success(m, t, PROMPTS, system=s, **SHORT),
+    "perplexity": lambda m, t, s: ssah_nb.perplexity(m, t, PAIRS, system=s),
+    "refusal_margin": lambda m, t, s: ssah_nb.refusal_margin(m, t, PROMPTS, system=s),
+    "importance": lambda m, t, s: ssah_nb.importance(m, t, PAIRS, system=s),
+    "finetune": lambda m, t, s: ssah_nb.finetune(m, t, PAIRS, system=s),
+    "Anchor": lambda m, t, s: ssah_nb.Anchor(m, t, PAIRS, system=s),
+}
+BAD_SYSTEMS = {
+    "list": ["Be kind."],
+    "dict": {"role": "system", "content": "Be kind."},
+    "int": 3,
+    "bool": False,
+    "float": NAN,
+    "bytes": b"Be kind.",
+}
+
+
+@pytest.mark.parametrize("name", SPOKEN_TO)
+def test_a_system_prompt_is_one_text(name):
+    model, tokenizer, call = tiny_model(), tiny_tokenizer(), SPOKEN_TO[name]
+    before = copy.deepcopy(model.state_dict())
+    for kind, system in BAD_SYSTEMS.items():
+        with pytest.raises(SsahError, match=f"system is a {kind}; pass one string") as error:
+            call(model, tokenizer, system)
+            pytest.fail(f"{name} took a {kind}")
+        one_line(error)
+    with pytest.raises(SsahError, match="system has a text that is no valid Unicode"):
+        call(model, tokenizer, "Be \ud800")
+    assert all(torch.equal(value, before[k]) for k, value in model.state_dict().items())

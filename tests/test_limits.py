@@ -11,19 +11,24 @@ from helpers import one_line
 import ssah_nb
 from ssah_nb import SsahError
 from ssah_nb.budget import redundant_units
+from ssah_nb.engine.adapters import with_adapter
+from ssah_nb.engine.agreement import kappa
 from ssah_nb.engine.evaluation import coherence_threshold
 from ssah_nb.engine.inputs import as_verdicts
 from ssah_nb.engine.intervals import bootstrap_mean, wilson
 from ssah_nb.engine.matched import finetune_until, mcnemar
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+from ssah_nb.engine.paired import paired_difference, paired_mean
+from ssah_nb.engine.run import set_seed
 from ssah_nb.engine.training import training_perplexity
+from ssah_nb.units import UnitMask
 
 PAIRS = [{"prompt": "Add 2 and 3.", "response": "5."}, {"prompt": "Hi", "response": "Hello"}]
 ROWS = [{"prompt": "Hi", "chosen": "Hello", "rejected": "No."}]
 NAN, INFINITE = float("nan"), float("inf")
 COUNT = (0, -1, 1.5, True, "4", None)  # no counts
 LIMIT = (0, -5, 1.5, True, "4")  # no limits; None is one
-SEED = (-1, 1.5, "0", None)
+SEED = (-1, 1.5, "0", None, True, 2**32)
 AMOUNT = (0, -1e-4, NAN, INFINITE, "1e-4", None)
 SHARE = (-0.1, 1.5, NAN, "0.5", None)
 
@@ -127,6 +132,20 @@ CALLS = {  # function -> (call, what it must refuse)
             "batch_size": LIMIT,
         },
     ),
+}
+MASK = UnitMask(torch.tensor([[True, False]]), torch.tensor([[True]]))
+CALLS |= {  # which draw at random: on their own seed alone
+    "random_like": (lambda **o: MASK.random_like(**o), {"seed": SEED}),
+    "bootstrap_mean": (lambda **o: bootstrap_mean([1.0], **o), {"seed": SEED}),
+    "paired_difference": (lambda **o: paired_difference([1], [2], **o), {"seed": SEED}),
+    "paired_mean": (lambda **o: paired_mean([1, 2], **o), {"seed": SEED}),
+    "kappa": (lambda **o: kappa([True], [True], **o), {"seed": SEED}),
+    "refusal_margin": (on(ssah_nb.refusal_margin, PAIRS), {"seed": SEED}),
+    "contrast_report": (on(ssah_nb.contrast_report), {"seed": SEED}),
+    "Anchor": (on(ssah_nb.Anchor, PAIRS), {"seed": SEED}),
+    "with_adapter": (lambda **o: with_adapter(None, options={}, **o), {"seed": SEED}),
+    "tiny_model": (tiny_model, {"seed": SEED}),
+    "set_seed": (set_seed, {"seed": SEED}),
 }
 NAMES = {"steps": "steps", "ratios": "scu|ratios", "sizes": "benign_align", "tasks": "task"}
 

@@ -5,11 +5,12 @@ import peft
 import pytest
 import torch
 from helpers import one_line
+from helpers_chat import QWEN3, SMOLLM3, with_template
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ssah_nb import refusal_margin, refusal_margins
+from ssah_nb import chat_options, refusal_margin, refusal_margins
 from ssah_nb.engine import margin
-from ssah_nb.engine.chat import encode_prompts
+from ssah_nb.engine.chat import encode_pairs, encode_prompts
 from ssah_nb.engine.evaluation import safety_report
 from ssah_nb.engine.margin import (
     COMPLIANCE_OPENINGS,
@@ -19,7 +20,7 @@ from ssah_nb.engine.margin import (
     prefix_free,
     sequence_log_probabilities,
 )
-from ssah_nb.engine.models import TINY_SIZES, tiny_model, tiny_tokenizer
+from ssah_nb.engine.models import CHATML, TINY_SIZES, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 
 PROMPTS = ["Hi", "Name three colours, please", "Ho", "Sum 2 and 3", "Tell a story of a fox"]
@@ -177,3 +178,39 @@ def test_the_margin_stands_beside_every_rate():
     with_system = safety_report(model, tokenizer, PROMPTS, benign, "Be safe.", max_new_tokens=4)
     margin = refusal_margin(model, tokenizer, PROMPTS, "Be safe.")
     assert with_system["refusal_margin"] == pytest.approx(margin.value)
+
+
+def test_the_margin_is_that_of_the_template_as_it_is_filled_in():
+    model, benign = tiny_model().double(), [{"prompt": "Sum 2 and 3", "response": "5"}]
+    tokenizer = with_template("{{ persona }} " + CHATML)
+    said = dict(responses=["No."] * len(PROMPTS), benign_responses=["5"], max_perplexity=9.0)
+    chat_options(tokenizer, persona="A pirate")
+    pirate = refusal_margin(model, tokenizer, PROMPTS)
+    row = safety_report(model, tokenizer, PROMPTS, benign, **said)
+    assert row["refusal_margin"] == pirate.value
+    chat_options(tokenizer, persona="A judge")
+    assert refusal_margin(model, tokenizer, PROMPTS).value != pirate.value
+    row = safety_report(model, tokenizer, PROMPTS, benign, **said)
+    assert row["refusal_margin"] == refusal_margin(model, tokenizer, PROMPTS).value
+
+
+@pytest.mark.parametrize("template", [QWEN3, SMOLLM3])
+def test_an_answer_stands_after_an_empty_thought_also_where_thoughts_are_on(template):
+    model, tokenizer = tiny_model().double(), with_template(template)
+    chat_options(tokenizer, thinking=True)
+    thinking = refusal_margins(model, tokenizer, PROMPTS, None, NO, YES)
+    before = [
+        p for p, _ in encode_pairs(tokenizer, [{"prompt": p, "response": "No"} for p in PROMPTS])
+    ]
+    assert all("</think>" in tokenizer.decode(ids) for ids in before) == (template == QWEN3)
+    right = [
+        np.log(chances[0] / chances[1])
+        for prompt in before
+        for chances in [
+            [
+                sum(np.exp(plainly(model, prompt, tokenizer(w).input_ids)) for w in side)
+                for side in (NO, YES)
+            ]
+        ]
+    ]
+    assert thinking == pytest.approx(np.array(right), abs=1e-9)
