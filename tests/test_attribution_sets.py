@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 import torch
-from helpers import one_line, two_processes
+from helpers import one_line
 from helpers_calibration import KINDS, PAIRS, TOKENIZER, close
 
 from ssah_nb.attribution import Importance, importance, load_calibration
@@ -60,42 +60,11 @@ def test_several_sets_in_one_call():
     close(importance(model, TOKENIZER, (p for p in PAIRS[4:])), both["utility"], 0)
 
 
-WORKER = """
-import json, sys, accelerate, torch
-from ssah_nb.attribution import importance
-from ssah_nb.engine.models import tiny_model, tiny_tokenizer
-
-state = accelerate.Accelerator(cpu=True)
-assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
-folder, cases = json.loads(sys.argv[1])
-for i, case in enumerate(cases):
-    scored = importance(tiny_model(), tiny_tokenizer(), **case)
-    scored.save(f"{folder}/{state.process_index}/{i}")
-state.end_training()
-"""
-CASES = [
-    dict(pairs=PAIRS, max_tokens=1),
-    dict(pairs=PAIRS[:11], max_tokens=1, tokens="all"),
-    dict(pairs=PAIRS, max_tokens=10_000),  # 12, 11 and 1 batches
-    dict(pairs=PAIRS[:3], max_tokens=1, method="gradient"),
-    dict(pairs=PAIRS, method="magnitude"),
-]
-
-
-def test_two_processes_equal_one(tmp_path):
-    two_processes(WORKER, json.dumps([str(tmp_path), CASES]))
-    for i, case in enumerate(CASES):
-        alone = importance(tiny_model(), TOKENIZER, **case)
-        zero, one = (Importance.load(tmp_path / r / str(i)) for r in "01")
-        close(zero, alone, 1e-6)
-        close(zero, one, 0)
-        assert [m.count for m in zero.moments["mlp"]] == [m.count for m in alone.moments["mlp"]]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_save_and_load(method, tmp_path):
     scored = importance(tiny_model("gemma3_text"), TOKENIZER, PAIRS, method=method)
     assert sorted(p.name for p in scored.save(tmp_path / "a" / "b").iterdir()) == [
+        "README.md",
         "importance.json",
         "importance.safetensors",
     ]
