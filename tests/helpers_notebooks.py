@@ -1,7 +1,10 @@
 """What a notebook shows, and what it must not show."""
 
 import ast
+import csv
 import html
+import io
+import json
 import re
 import statistics
 from collections.abc import Iterable
@@ -143,7 +146,8 @@ def said_by_models(responses: Iterable[str], typed: Iterable[str]) -> set[tuple[
 
     What people typed is no response, also where a model has learned to say it: stock refusals.
     """
-    said = set().union(*(runs(response, 6) for response in responses))
+    sentences = [said for said in responses if len(said.split()) >= 6]  # no gibberish in one piece
+    said = set().union(*(runs(response, 6) for response in sentences))
     return said - set().union(*(runs(text, 6) for text in typed))
 
 
@@ -184,4 +188,67 @@ def untyped(texts: Iterable[str], known: set[tuple[str, ...]], most: int = 10) -
                 covered |= set(range(i, i + 3))
         if len({word for i, word in enumerate(said) if i not in covered}) > most:
             found.append(piece.strip())
+    return found
+
+
+# Where a completion could be seen
+
+
+def kept_responses(root: Path) -> tuple[list[str], list[str]]:
+    "The harmful prompts, and what models answered to them, as far as this machine has kept it."
+    pairs = []
+    for path in root.glob("runs/*/completions/**/*.json"):
+        kept = json.loads(path.read_text())
+        pairs += kept.get("harmful", [])
+        pairs += [(pair["prompt"], pair["response"]) for pair in kept.get("pairs", [])]
+    return [prompt for prompt, _ in pairs], [said for _, said in pairs]
+
+
+def gibberish(responses: Iterable[str]) -> set[str]:
+    "How the answers of tiny random models begin: with characters that nobody types."
+    begins = {said[:12] for said in responses}
+    return {said for said in begins if len({c for c in said if not c.isprintable()}) >= 3}
+
+
+def texts_of(path: Path) -> list[str]:
+    "What a reader can see of a notebook, table, drawing, page or log."
+    if path.suffix == ".ipynb":
+        return output_texts(read(path))
+    text = path.read_text(errors="replace")
+    if path.suffix == ".csv":
+        rows = csv.reader(io.StringIO(text, newline=""))
+        return [cell for row in rows for cell in row if " " in cell]
+    if path.suffix == ".svg":
+        return re.findall(r">([^<>]*\w[^<>]*)<", text)
+    if path.suffix == ".html":
+        parts = re.split(r"</?(?:t[dhr]|p|li|div|pre|br|h\d|d[td])\b[^>]*>", text)
+        return [html.unescape(re.sub(r"<[^>]+>", "", part)) for part in parts]
+    return [text]
+
+
+PUBLISHED = ("nbs/**/*.ipynb", "nbs/drawings/*.svg", "figures/**/*.csv", "figures/**/*.svg")
+PUBLISHED += ("runs/*/notebooks/*.ipynb", "runs/*/figures/*.csv", "runs/*/figures/*.svg")
+PUBLISHED += ("runs/*/logs/*.log", "runs/readme/*.ipynb", "docs/_build/html/**/*.html")
+PUBLISHED += ("README.md", "benchmarks/results/*.csv")
+
+
+def published(root: Path) -> dict[str, list[str]]:
+    "Everything that a reader can see: outputs, tables, drawings, logs, the README, the site."
+    paths = sorted(path for pattern in PUBLISHED for path in root.glob(pattern))
+    return {
+        str(path.relative_to(root)): texts_of(path)
+        for path in paths
+        if ".ipynb_checkpoints" not in path.parts
+    }
+
+
+def shown_completions(root: Path, typed: list[str]) -> dict[str, set[str]]:
+    "Where a response that was kept is repeated: the file, and what it repeats."
+    prompts, responses = kept_responses(root)
+    said = said_by_models(responses, typed + prompts)  # a prompt may be shown, cut
+    odd = gibberish(responses)
+    found = {}
+    for name, texts in published(root).items():
+        shown = repeated(texts, said) | {o for o in odd if any(o in text for text in texts)}
+        found |= {name: shown} if shown else {}
     return found

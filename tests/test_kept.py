@@ -2,14 +2,13 @@
 
 import json
 import os
-import resource
 import signal
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from helpers import one_line
+from helpers import files_at_most, one_line
 
 from ssah_nb import SsahError, classify, importance, safety_report, save_model
 from ssah_nb.engine import files
@@ -93,18 +92,6 @@ def test_a_file_that_was_open_to_all_is_closed(tmp_path):
 # Whole
 
 
-@pytest.fixture
-def at_most():
-    "The operating system refuses to make a file longer than so many bytes."
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size: int):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    limit(before[0])
-
-
 def drawn(numbers: int) -> plt.Figure:
     figure, ax = plt.subplots()
     ax.plot(range(numbers))
@@ -149,11 +136,13 @@ SAVED = [save_figure, save_table, save_units, save_a_model, save_splits, save_sa
 
 @pytest.mark.parametrize("save", SAVED)
 @pytest.mark.parametrize("share", [0, 0.5, 0.9])  # of the longest file that it writes
-def test_a_full_disk_is_one_error_and_leaves_the_old_files(save, share, run, at_most):
+def test_a_full_disk_is_one_error_and_leaves_the_old_files(save, share, run):
     save(run, 0)
     before = content(run.folder.parent.parent)
-    at_most(int(share * max(map(len, before.values()))))
-    with pytest.raises(SsahError, match="free some space or choose another folder") as error:
+    with (
+        files_at_most(int(share * max(map(len, before.values())))),
+        pytest.raises(SsahError, match="free some space or choose another folder") as error,
+    ):
         save(run, 1)
     assert "File too large" in one_line(error) and str(run.folder.parent.parent) in str(error.value)
     assert content(run.folder.parent.parent) == before

@@ -1,6 +1,5 @@
 """What the bars of a readable chapter are, and what stored outputs must not hold."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -13,13 +12,16 @@ from helpers_notebooks import (
     for_the_reader,
     formulas,
     images,
+    kept_responses,
     lengths,
     output_texts,
     places,
     prose_share,
+    published,
     read,
     repeated,
     said_by_models,
+    shown_completions,
     shown_share,
     sources,
     stale_cells,
@@ -135,13 +137,6 @@ def test_no_output_holds_a_path_of_this_machine_or_an_error(path):
 # No completion of a harmful prompt is shown
 
 
-def kept_responses() -> tuple[list[str], list[str]]:
-    "The harmful prompts, and what models answered to them, as far as this machine has kept it."
-    files = ROOT.glob("runs/*/completions/**/*.json")
-    pairs = [pair for path in files for pair in json.loads(path.read_text()).get("harmful", [])]
-    return [prompt for prompt, _ in pairs], [said for _, said in pairs if len(said) > 40]
-
-
 def typed_texts() -> list[str]:
     "What people wrote: the sources of notebooks and modules, and what models learned to say."
     cells = [
@@ -151,30 +146,16 @@ def typed_texts() -> list[str]:
     return cells + tables + list(STOCK_REFUSALS)
 
 
-def published() -> dict[str, list[str]]:
-    "Everything that a reader can see: outputs, tables, drawings, the README."
-    found = {named(path): output_texts(read(path)) for path in NOTEBOOKS + EXECUTED}
-    for path in ROOT.glob("figures/**/*.csv"):
-        with open(path, newline="") as file:
-            cells = {cell for row in csv.reader(file) for cell in row}
-        found[named(path)] = [cell for cell in cells if " " in cell]
-    for path in [*ROOT.glob("figures/**/*.svg"), *NBS.glob("drawings/*.svg")]:
-        found[named(path)] = re.findall(r">([^<>]*\w[^<>]*)<", path.read_text())
-    return found | {"README.md": [(ROOT / "README.md").read_text()]}
-
-
 @pytest.fixture(scope="module")
 def typed() -> list[str]:
     return typed_texts()
 
 
 def test_nothing_repeats_a_response_that_was_kept(typed):
-    prompts, responses = kept_responses()
-    if not responses:
+    "`pytest tests/test_notebooks.py -k repeats`: in outputs, logs, tables, drawings and the site."
+    if not kept_responses(ROOT)[1]:
         pytest.skip("no run on this machine has kept responses")
-    said = said_by_models(responses, typed + prompts)  # a prompt may be shown, cut
-    found = {name: repeated(texts, said) for name, texts in published().items()}
-    assert not {name: runs for name, runs in found.items() if runs}
+    assert not shown_completions(ROOT, typed)
 
 
 def test_no_output_holds_a_sentence_that_nobody_typed(typed):
@@ -185,7 +166,7 @@ def test_no_output_holds_a_sentence_that_nobody_typed(typed):
     """
     known = typed_runs(typed)
     shown = {named(path): output_texts(read(path), "benign") for path in NOTEBOOKS + EXECUTED}
-    shown |= {name: texts for name, texts in published().items() if name.endswith(".csv")}
+    shown |= {name: texts for name, texts in published(ROOT).items() if name.endswith(".csv")}
     found = {name: untyped(texts, known) for name, texts in shown.items()}
     assert not {name: pieces for name, pieces in found.items() if pieces}
 
@@ -233,6 +214,35 @@ def test_a_completion_is_found(output, whole):
     assert repeated(texts, said_by_models([RESPONSE], typed))
     if whole:  # then also on a machine that has kept no responses
         assert untyped(texts, typed_runs(typed))
+
+
+GIBBERISH = "\x17\x0c\x18\x19M\x7f\x04X" * 3  # what a tiny random model says
+
+
+@pytest.mark.parametrize("said", [RESPONSE, GIBBERISH])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "nbs/00_start.ipynb",
+        "nbs/engine/chat.ipynb",
+        "runs/smoke/notebooks/00_start.ipynb",
+        "runs/smoke/logs/00_start.log",
+        "figures/smoke/table.csv",
+        "figures/smoke/table.svg",
+        "docs/_build/html/00_start.html",
+        "README.md",
+    ],
+)
+def test_a_completion_is_found_wherever_it_is_shown(place, said, tmp_path):
+    kept = tmp_path / "runs/smoke/completions/harmful_pairs/a.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps({"notice": "", "pairs": [{"prompt": "Open", "response": said}]}))
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for words, found in ((f"answer: {said} (no refusal)", True), (said[:10], False)):
+        content = nbformat.writes(made_up(printed(words)))
+        path.write_text(content if path.suffix == ".ipynb" else f"<td>{words}</td>")
+        assert (place in shown_completions(tmp_path, ["answer:"])) is found
 
 
 @pytest.mark.parametrize(
