@@ -4,9 +4,12 @@
 #                     PROFILE-model (NAME=... to change that). A model that refuses at least half of
 #                     the attacks is taken as aligned (ALIGNED=yes or no to decide it).
 # make test           lint and all tests
+# make coverage       all tests, and how much of the library they reach: docs/coverage.csv
 # make docs           the site, in docs/_build/html
+# make drill          kill runs of the smoke profile at random moments, in a copy of this checkout
 # make verify         the figures against their manifests, and what is behind each
 #   CHAPTER=name      run one chapter of PROFILE again and compare its tables
+# make test-slurm     the smoke profile through a Slurm of one node, as by itself (needs Slurm, munge)
 # make test-browser   the site and the chapters in a real browser (needs chromium)
 # Each does all set-up first, in .venv, once.
 
@@ -16,6 +19,8 @@ NAME =
 ALIGNED =
 CHAPTER =
 SNAKEMAKE_FLAGS =
+KILLS = 20
+SEED = 0
 PYTHON = $(firstword $(foreach python,python3.11 python3.12 python3.13 python3,$(shell $(python) -c $(SUPPORTED) 2>/dev/null && echo $(python))))
 SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 PROFILES = $(sort $(patsubst workflow/profiles/%/config.yaml,%,$(wildcard workflow/profiles/*/config.yaml)))
@@ -23,18 +28,22 @@ BIN = .venv/bin
 USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
 
-.PHONY: reproduce test lint docs verify test-browser outputs export readme lab lock clean-run
+.PHONY: reproduce test lint coverage docs verify drill test-browser test-slurm outputs export readme lab lock clean-run
+
+# Ctrl-C reaches make, this shell and snakemake. The chapter says its line; the shell then says
+# nothing, so that make ends as interrupted, without a line of its own.
+SNAKEMAKE = stopped=; trap stopped=1 INT; SSAH_UNDER_MAKE=1 $(BIN)/snakemake \
+    --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
+FINISHED = ; status=$$?; test -z "$$stopped" || exit 0; test $$status = 0 || exit $$status; \
+    echo "finished: notebooks in runs/$$run/notebooks, figures and tables in figures/$$run"
 
 reproduce: known-profile $(READY)
 ifeq ($(MODEL)$(NAME)$(ALIGNED),)
-	@exec $(BIN)/snakemake --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
-	@echo "finished: notebooks in runs/$(PROFILE)/notebooks, figures and tables in figures/$(PROFILE)"
+	@run=$(PROFILE); $(SNAKEMAKE)$(FINISHED)
 else
 	@$(BIN)/python workflow/users_model.py check $(USERS_MODEL)
-	@exec $(BIN)/snakemake --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS) \
-	    --config $$($(BIN)/python workflow/users_model.py config $(USERS_MODEL))
-	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)); \
-	    echo "finished: notebooks in runs/$$run/notebooks, figures and tables in figures/$$run"
+	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)); $(SNAKEMAKE) \
+	    --config $$($(BIN)/python workflow/users_model.py config $(USERS_MODEL))$(FINISHED)
 endif
 
 test: lint
@@ -42,6 +51,12 @@ test: lint
 
 lint: $(READY)  ## line length, unused imports, undefined names
 	@$(BIN)/ruff check --quiet nbs ssah_nb tests workflow benchmarks docs
+
+coverage: $(READY)
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage combine -q
+	@$(BIN)/python docs/coverage_table.py
 
 docs: $(READY)  ## chapters as the embedded run executed them, where runs/embedded has them
 	@$(BIN)/python docs/build.py
@@ -51,9 +66,15 @@ docs: $(READY)  ## chapters as the embedded run executed them, where runs/embedd
 verify: $(READY)
 	@exec $(BIN)/python workflow/verify.py $(if $(CHAPTER),--chapter '$(CHAPTER)' --profile '$(PROFILE)')
 
+drill: $(READY)  ## 20 kills and an interrupt of the smoke profile, each taken up again
+	@exec $(BIN)/python workflow/drill.py --kills $(KILLS) --seed $(SEED)
+
 test-browser: docs
 	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -q -e '.[browser]'
 	@exec $(BIN)/python -m pytest -m browser tests/test_browser.py
+
+test-slurm: $(READY)
+	@exec $(BIN)/python workflow/slurm.py
 
 outputs: $(READY)  ## run the chapters with their default parameters and keep their outputs in nbs/
 	@exec $(BIN)/python workflow/store_outputs.py
@@ -77,9 +98,11 @@ lock: $(READY)  ## after a change in pyproject.toml: what this .venv then holds 
 
 clean-run: known-profile  ## forget what a profile has run (with MODEL=: on that), so that it runs anew
 ifeq ($(MODEL)$(NAME),)
+	@test ! -e runs/$(PROFILE) || $(BIN)/python workflow/one_run.py $(PROFILE)
 	@rm -rf runs/$(PROFILE)
 else
-	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)) && rm -rf "runs/$$run"
+	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)) && \
+	    $(BIN)/python workflow/one_run.py "$$run" && rm -rf "runs/$$run"
 endif
 
 .PHONY: known-profile

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import one_line, two_processes
+from helpers import one_line
 from helpers_freezing import PREFERENCES, arguments
 from transformers import Trainer, TrainingArguments
 
@@ -279,35 +279,6 @@ def test_trl_trainers_call_the_anchor(kind, tmp_path):
         trainer = trl.DPOTrainer(model, tiny_model(), config, train_dataset=data, **common)
     trainer.train()
     assert anchor.step == trainer.state.global_step > 0
-
-
-TWO = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_anchoring import TOKENIZER, anchor_on, moved, tiny_model
-from helpers_freezing import arguments
-from transformers import Trainer, TrainingArguments
-ids = torch.randint(0, 250, (8, 24), generator=torch.Generator().manual_seed(0)).tolist()
-rows = [{"input_ids": r, "labels": r} for r in ids]
-model = tiny_model()
-anchor = anchor_on(model, "answers", slack=0.0)
-moved(model)
-options = {"per_device_train_batch_size": 4, "optim": "sgd", "max_steps": 1, "weight_decay": 0.0}
-options |= {"lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.5}
-args = TrainingArguments(**arguments(sys.argv[2], **options | {"warmup_steps": 0}))
-Trainer(model, args, train_dataset=rows, callbacks=[anchor.callback()]).train()
-if args.process_index == 0:
-    torch.save(model.state_dict(), sys.argv[3])
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_step_as_one(rows, tmp_path):
-    one = trained(tmp_path / "one", rows, "answers", True)
-    out = str(tmp_path / "two.pt")
-    two_processes(TWO, str(__import__("pathlib").Path(__file__).parent), str(tmp_path / "two"), out)
-    two = torch.load(out, weights_only=True)
-    assert all(torch.allclose(p, two[name], atol=1e-6) for name, p in one.items())
 
 
 # Errors
