@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import one_line
+from helpers import files_at_most, one_line
 
 from ssah_nb.engine import wheels
 from ssah_nb.engine.run import SsahError
@@ -28,6 +30,9 @@ def wheel(tmp_path) -> Path:
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(MEMBER, "one\ntwo\n")
+        facts = "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n"
+        archive.writestr("tiny_data-1.0.dist-info/METADATA", facts)
+        archive.writestr("tiny_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
     return path
 
 
@@ -127,6 +132,105 @@ def test_cache_that_cannot_be_written(wheel, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("SSAH_CACHE", str(tmp_path / "file"))
     with pytest.raises(SsahError, match="SSAH_CACHE") as error:
+        fetch_wheel(REQUIREMENT, sha256(wheel))
+    one_line(error)
+
+
+SIGN_IN = b"<html><body><h1>Please sign in</h1></body></html>"  # of a hotel, a firm, a campus
+
+
+@pytest.fixture
+def index(monkeypatch):
+    "A package index, or a proxy, that answers what a test says; real pip asks it."
+    answers = {}
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(answers.get(self.path, SIGN_IN))
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    answers["address"] = f"http://127.0.0.1:{server.server_port}"
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": answers["address"] + "/simple",
+        "PIP_NO_CACHE_DIR": "1",
+        "PIP_RETRIES": "1",
+        "PIP_TIMEOUT": "5",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+def links(answers, wheel):
+    answers["/simple/tiny-data/"] = f'<a href="/files/{FILE}">{FILE}</a>'.encode()
+    answers[f"/files/{FILE}"] = wheel
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("no network", "no network"),
+        ("a proxy that answers with HTML", "No matching distribution"),
+        ("HTML in the place of the wheel", "pip said: ERROR: .*(invalid|not a zip)"),
+        ("another wheel", "has sha256"),
+    ],
+)
+def test_first_use_behind_a_bad_network(what, words, wheel, cache, index, monkeypatch):
+    if what == "no network":
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    if what == "a proxy that answers with HTML":
+        monkeypatch.setenv("PIP_INDEX_URL", "http://index.invalid/simple")
+        monkeypatch.setenv("PIP_PROXY", index["address"])
+    if what == "HTML in the place of the wheel":
+        links(index, SIGN_IN)
+    if what == "another wheel":
+        links(index, wheel.read_bytes())
+    expected = "0" * 64 if what == "another wheel" else sha256(wheel)
+    with pytest.raises(SsahError, match=words) as error:
+        wheel_member(REQUIREMENT, expected, MEMBER)
+    message = one_line(error)
+    assert "tiny" in message and "index" in message
+    # nothing is kept but the empty file of the lock
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["tiny-data.lock"]
+
+
+def test_pip_fetches_from_an_index_that_works(wheel, cache, index):
+    links(index, wheel.read_bytes())
+    assert wheel_member(REQUIREMENT, sha256(wheel), MEMBER).read_text() == "one\ntwo\n"
+    assert [path.name for path in (cache / "wheels").iterdir() if path.suffix != ".lock"] == [FILE]
+
+
+def test_a_full_disk_keeps_no_half_member(wheel, cache, pip):
+    cached, words = fetch_wheel(REQUIREMENT, sha256(wheel)), "File too large.*free some space"
+    with files_at_most(4), pytest.raises(SsahError, match=words) as error:
+        wheel_member(REQUIREMENT, sha256(wheel), MEMBER)
+    one_line(error)
+    kept = {path for path in cache.rglob("*") if path.is_file()}
+    assert kept == {cached, cached.parent / "tiny-data.lock"}
+
+
+def test_a_full_disk_keeps_no_half_wheel(wheel, cache, pip):
+    words = "File too large.*free some space"
+    with files_at_most(4), pytest.raises(SsahError, match=words) as error:
+        fetch_wheel(REQUIREMENT, sha256(wheel))
+    one_line(error)
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["tiny-data.lock"]
+
+
+def test_pip_says_that_the_disk_is_full(wheel, cache, monkeypatch):
+    broken_pip(monkeypatch, "ERROR: OSError: [Errno 28] No space left on device\n")
+    with pytest.raises(SsahError, match="free some space, or set SSAH_CACHE and TMPDIR") as error:
         fetch_wheel(REQUIREMENT, sha256(wheel))
     one_line(error)
 
