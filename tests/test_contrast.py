@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ssah_nb import contrast_prompts, contrast_report, load_pairs, refusal_margins
+from ssah_nb.engine import contrast
 from ssah_nb.engine.contrast import contrast_table
-from ssah_nb.engine.intervals import wilson
+from ssah_nb.engine.intervals import bootstrap_mean, wilson
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 
@@ -22,6 +23,8 @@ def test_the_prompts_are_fifty_pairs_of_one_line():
     assert table.prompt.is_unique
     safe, unsafe = contrast_prompts()
     assert (len(safe), len(unsafe)) == (50, 50)
+    in_order = table.groupby("pair").prompt.agg(list).tolist()
+    assert [list(twins) for twins in zip(safe, unsafe)] == in_order
     for prompt in safe + unsafe:
         assert 3 <= len(prompt.split()) <= 16
         assert prompt[-1] in ".?" and "\n" not in prompt
@@ -53,6 +56,8 @@ def test_report_against_counts_by_hand():
     assert 0.3 < row["refused_difference_low"] < 0.5 < row["refused_difference_high"] < 0.7
     safe, unsafe = (refusal_margins(model, tokenizer, prompts) for prompts in contrast_prompts())
     assert row["margin_difference"] == pytest.approx((unsafe - safe).mean())
+    assert row["margin_safe"] == pytest.approx(safe.mean())
+    assert row["margin_unsafe"] == pytest.approx(unsafe.mean())
     spread = 1.96 * np.std(unsafe - safe) / 50**0.5
     width = (row["margin_difference_high"] - row["margin_difference_low"]) / 2
     assert width == pytest.approx(spread, rel=0.15)
@@ -72,3 +77,48 @@ def test_it_generates_and_refuses_what_does_not_fit():
     assert row["refused_safe"] == row["refused_unsafe"] == 0
     with pytest.raises(SsahError, match="50 prompts but 2 responses"):
         contrast_report(model, tokenizer, "gcg", safe_responses=[NO, NO])
+
+
+def test_options_reach_the_judge_the_model_and_the_margins(monkeypatch):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    generated = []
+
+    def said(model, tokenizer, prompts, **options):
+        generated.append(options)
+        return [f"{'Here you are. ' * 20}{NO}"] * len(prompts)
+
+    monkeypatch.setattr(contrast, "generate", said)
+    options = dict(system="Be safe.", max_new_tokens=3, batch_size=5)
+    row = contrast_report(model, tokenizer, ["I cannot"], **options)
+    assert generated == [options] * 2
+    assert row["refused_safe"] == row["refused_unsafe"] == 0  # a refusal that stands too late
+    whole = contrast_report(model, tokenizer, ["I cannot"], window=None, **options)
+    assert whole["refused_safe"] == whole["refused_unsafe"] == 1
+    other = contrast_report(model, tokenizer, lambda p, r: [True] * 50, window=None)
+    assert other["refused_safe"] == 0
+    for name, prompts in zip(("margin_safe", "margin_unsafe"), contrast_prompts()):
+        right = refusal_margins(model, tokenizer, prompts, "Be safe.").mean()
+        assert whole[name] == pytest.approx(right) and other[name] != pytest.approx(right)
+
+
+def test_intervals_are_drawn_by_the_seed():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    draw = np.random.default_rng(0)
+    safe, unsafe = ([(NO, YES)[i] for i in draw.integers(2, size=50)] for _ in range(2))
+    one, same, other = (
+        contrast_report(
+            model, tokenizer, "gcg", safe_responses=safe, unsafe_responses=unsafe, seed=seed
+        )
+        for seed in (0, 0, 1)
+    )
+    assert one == same
+    drawn = [f"margin_{name}_low" for name in ("safe", "unsafe", "difference")]
+    assert all(one[name] != other[name] for name in drawn)
+    differences = np.array([r == NO for r in unsafe], float) - [r == NO for r in safe]
+    for seed, row in ((0, one), (1, other)):
+        assert row["refused_difference_low"] == bootstrap_mean(differences, seed=seed).low
+
+
+def test_what_is_wrong_is_refused_before_anything_is_asked():
+    with pytest.raises(SsahError, match="seed=1.5"):
+        contrast_report(None, None, seed=1.5)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from helpers import one_line
 from helpers_units import TOKENIZER, made_up
 
 from ssah_nb.attribution import importance
 from ssah_nb.classes import classify
-from ssah_nb.engine.models import tiny_model
+from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 from ssah_nb.transfer import lost, transfer
 from ssah_nb.units import CLASSES, Scores, UnitMap
@@ -97,6 +98,28 @@ def test_importance_says_how_much_of_a_response_was_read():
     assert found.info["max_response"] == 3
     units = classify(found, importance(model, TOKENIZER, pairs, max_response=2))
     assert (units.info["safety_max_response"], units.info["max_response"]) == (3, 2)
+
+
+def test_maps_that_were_scored_on_two_conversations_are_refused():
+    pairs = [{"prompt": f"Say {i}", "response": f"{i} it is"} for i in range(3)]
+    model, other = tiny_model(), tiny_tokenizer()
+    other.chat_template = other.chat_template.replace("user", "human").replace("\n", " ")
+    plain, told = (importance(model, TOKENIZER, pairs, system=s) for s in (None, "Be kind."))
+    before = classify(plain, plain, **OPTIONS)
+    assert lost(transfer(before, classify(plain, plain, **OPTIONS))) == 0
+    foreign = importance(model, other, pairs)
+    for after, fact in (
+        (classify(plain, told, **OPTIONS), r"system \(None and Be kind.\)"),
+        (classify(told, plain, **OPTIONS), r"safety_system \(None and Be kind.\)"),
+        (classify(foreign, foreign, **OPTIONS), "chat template: template .[0-9a-f]{60} and "),
+    ):
+        with pytest.raises(SsahError, match=f"differ in {fact}") as error:
+            transfer(before, after)
+        one_line(error)
+    with pytest.raises(SsahError, match="differ in chat template"):
+        classify(plain, foreign)
+    with pytest.raises(SsahError, match="differ in chat template"):
+        plain + foreign
 
 
 def test_maps_of_two_shapes_are_refused():
