@@ -22,6 +22,7 @@ from ssah_nb.engine.figures import readable
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "docs/_build/source"
 EXECUTED = ROOT / "runs/embedded/notebooks"
+PAGES = ("tried.md", "contributing.md", "changelog.md")
 COVERAGE = ROOT / "docs/coverage.csv"
 PAPERS = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # page -> file
 COMPARED = ROOT / "runs/protection/notebooks"  # the page beside the chapters
@@ -215,7 +216,8 @@ def keep_link(match: re.Match) -> str:
     """A link of the README as the site has it: pages stay, files come along, folders are words."""
     words, target = match.groups()
     target = target.removeprefix("nbs/").removeprefix("docs/")
-    if "://" in target or target.startswith("#") or target.endswith((".ipynb", "tried.md")):
+    target = next((f"{page}.md" for page, file in PAPERS.items() if file == target), target)
+    if "://" in target or target.startswith("#") or target.endswith((".ipynb", *PAGES)):
         return f"[{words}]({target})"
     if not (ROOT / target).is_file():
         return words
