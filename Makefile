@@ -11,6 +11,7 @@
 #   CHAPTER=name      run one chapter of PROFILE again and compare its tables
 # make test-slurm     the smoke profile through a Slurm of one node, as by itself (needs Slurm, munge)
 # make test-browser   the site and the chapters in a real browser (needs chromium)
+# make test-install   what is shipped, in new environments of each Python on the path (downloads)
 # Each does all set-up first, in .venv, once.
 
 PROFILE = embedded
@@ -28,7 +29,7 @@ BIN = .venv/bin
 USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
 
-.PHONY: reproduce test lint coverage docs verify drill test-browser test-slurm outputs export readme lab lock clean-run
+.PHONY: reproduce test lint coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run
 
 # Ctrl-C reaches make, this shell and snakemake. The chapter says its line; the shell then says
 # nothing, so that make ends as interrupted, without a line of its own.
@@ -75,6 +76,9 @@ test-browser: docs
 
 test-slurm: $(READY)
 	@exec $(BIN)/python workflow/slurm.py
+
+test-install: $(READY)
+	@exec $(BIN)/python -m pytest -m install tests/test_install.py
 
 outputs: $(READY)  ## run the chapters with their default parameters and keep their outputs in nbs/
 	@exec $(BIN)/python workflow/store_outputs.py
