@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import one_line
+from helpers_units import INFO
 from helpers_properties import NUMBERS, SHARES, fewer, importances, masks, tensors, unit_maps
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from ssah_nb.attribution import Importance
 from ssah_nb.classes import RATIO_OF, classify, top_units
 from ssah_nb.engine.agreement import kappa
 from ssah_nb.engine.anchors import turn
@@ -44,7 +46,18 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+def constant() -> Importance:
+    "Scores that are all the same."
+    raw = {"mlp": torch.ones(2, 10), "attention": torch.ones(2, 4)}
+    return Importance(raw, {"mlp": [], "attention": []}, dict(INFO))
+
+
+TENTHS = {"scu": 0.1, "ucu": 0.1, "ru": 0.1}
+BY_UNITS = {"ratio_of": "units", "square_attention": False}
+
+
 @given(importances(), ratios_of_classes(), OPTIONS, st.booleans())
+@example([constant(), constant()], TENTHS, BY_UNITS, True)  # SCU and UCU were the same units
 def test_classes_partition_the_units(scored, ratios, options, aligned):
     safety, utility = scored if aligned else (None, scored[1])
     try:
@@ -83,16 +96,19 @@ def test_top_units_are_the_largest(scored, share, ratio_of):
     assert len(top_units(scores, 1, found.info, ratio_of)) == len(chosen | ~chosen)
 
 
-@given(importances(), st.sampled_from(KINDS), st.data())
-def test_scores_that_are_no_numbers_are_refused(scored, kind, data):
-    broken = data.draw(st.sampled_from(scored)).channels[kind].flatten()
-    place = data.draw(st.integers(0, len(broken) - 1))
-    broken[place] = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38]))
-    for safety in (scored[0], None):
-        if safety is not None or broken.data_ptr() == scored[1].channels[kind].data_ptr():
-            with pytest.raises(SsahError, match=f"importance of {kind} units in layer") as error:
-                classify(safety, scored[1], scu=0.1, ucu=0.1, ru=0.1)
-            one_line(error)
+NO_NUMBERS = st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38])
+
+
+@given(importances(), st.sampled_from(KINDS), st.integers(0, 99), NO_NUMBERS, st.booleans())
+@example([constant(), constant()], "mlp", 0, torch.nan, True)
+@example([constant(), constant()], "attention", 0, 3e38, False)
+def test_scores_that_are_no_numbers_are_refused(scored, kind, place, value, aligned):
+    safety, utility = scored
+    broken = (safety if aligned else utility).channels[kind].flatten()
+    broken[place % len(broken)] = value
+    with pytest.raises(SsahError, match=f"importance of {kind} units in layer") as error:
+        classify(safety if aligned else None, utility, scu=0.1, ucu=0.1, ru=0.1)
+    one_line(error)
 
 
 @given(unit_maps(), SHARES)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from helpers import one_line
 from helpers_chat import FAMILIES, with_template
 from helpers_properties import fewer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ssah_nb.engine.chat import chat_prompt, encode_pairs, encode_prompts, end_of_turn
@@ -20,19 +20,7 @@ from ssah_nb.engine.run import SsahError
 from ssah_nb.engine.splits import SIZES, Splits, make_splits
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-WORDS = [
-    "Öffne",
-    "die",
-    "Straße",
-    "don’t",
-    "ﬁle",
-    "naïve",
-    "ΣΟΦΟΣ",
-    "2²",
-    "e\u0301t",
-    "wait…",
-    "x?y",
-]
+WORDS = "Öffne die Straße don’t ﬁle naïve ΣΟΦΟΣ 2² e\u0301t wait… x?y 5″ don´t".split()
 BASES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=3).map(" ".join)
 INVISIBLE = ["\u200b", "\u200d", "\ufeff", "\u00ad"]
 SAME = {  # ways to write one prompt again
@@ -47,7 +35,7 @@ SAME = {  # ways to write one prompt again
     "question": lambda t: t + " ?!",
     "blanks": lambda t: f"\t {t.replace(' ', '  ')}\n",
     "no-break": lambda t: t.replace(" ", "\u00a0"),
-    "quotes": lambda t: t.replace("’", "'").replace('"', "“"),
+    "quotes": lambda t: t.translate({ord(c): "'" for c in "’´`"}).replace('"', "“"),
     "wide": lambda t: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in t),
 } | {f"invisible {i}": lambda t, c=c: c.join(t) for i, c in enumerate(INVISIBLE)}
 AGAIN = st.lists(st.sampled_from(sorted(SAME)), max_size=4)
@@ -61,6 +49,9 @@ def again(text: str, ways: list[str]) -> str:
 
 
 @given(BASES, AGAIN)
+@example("naïve", ["NFD", "invisible 0"])  # a mark that is not seen before an accent
+@example("5″", ["NFKC"])
+@example("don´t", ["quotes"])
 def test_a_prompt_written_again_is_the_same_prompt(text, ways):
     assert normalised(again(text, ways)) == normalised(text)
 
@@ -76,11 +67,13 @@ def test_a_normal_form_is_normal(text):
 @st.composite
 def sources(draw):
     "Rows of each source of splits, in which some prompts are written several times."
-    rows = st.lists(st.tuples(st.integers(0, 30), AGAIN, st.sampled_from("ab")), max_size=12)
+    rows = st.lists(
+        st.tuples(st.integers(0, 30), AGAIN, st.sampled_from("ab")), min_size=5, max_size=12
+    )
     names = ("harmful", "benign", "align_harmful", "second_harmful")
     made = {}
     for offset, name in enumerate(names):
-        shared = draw(st.sampled_from([0, 0, 0, 1]))  # 1: prompts of the first source, too
+        shared = draw(st.sampled_from([0, 0, 1]))  # 1: prompts of the first source, too
         first = 0 if shared else 100 * offset
         made[name] = [
             {"prompt": again(f"Naïve ﬁles, {first + n} Straße", ways), "response": answer}
@@ -97,7 +90,7 @@ def number(pair: dict) -> int:
 
 @given(sources(), st.integers(0, 5), st.data())
 def test_splits_never_share_a_prompt(rows, seed, data):
-    sizes = {name: data.draw(st.integers(0, 4), name) for name in SIZES}
+    sizes = {name: data.draw(st.integers(0, 2), name) for name in SIZES}
     try:
         splits = make_splits(**rows, seed=seed, sizes=sizes)
     except SsahError as error:
@@ -158,6 +151,7 @@ def test_pairs_are_the_same_in_any_container(pairs):
 
 
 @given(st.sampled_from(sorted(FAMILIES)), PAIRS, st.none() | TEXTS)
+@example("bare", [{"prompt": "0", "response": "0\r"}], None)
 def test_a_response_keeps_its_words(family, pairs, system):
     tokenizer = with_template(FAMILIES[family][0])
     try:
@@ -169,8 +163,8 @@ def test_a_response_keeps_its_words(family, pairs, system):
     for pair, (before, said), prompt in zip(pairs, encoded, prompts):
         assert before == prompt
         assert tokenizer.decode(before) == chat_prompt(tokenizer, pair["prompt"], system)
-        answer = tokenizer.decode(said)
-        assert answer.strip() == pair["response"].strip() + end_of_turn(tokenizer)
+        answer, end = tokenizer.decode(said), end_of_turn(tokenizer)
+        assert answer.endswith(end) and answer.removesuffix(end).strip() == pair["response"].strip()
 
 
 @given(TEXTS, st.integers(1, 4))
