@@ -16,6 +16,16 @@ def files_at_most(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+PROMPTS = [  # of unlike and of equal lengths
+    "Hi",
+    "Name three colours, please",
+    "Sum 2 and 3",
+    "Tell a story about a fox and a hen",
+    "Hm?",
+    "Sum 4 and 3",
+]
+
+
 def one_line(error) -> str:
     "The message of a raised error, which must be one line."
     message = str(error.value)

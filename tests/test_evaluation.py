@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from helpers import PROMPTS
 
 from ssah_nb.engine import evaluation
 from ssah_nb.engine.chat import encode_pairs
@@ -29,15 +30,6 @@ from ssah_nb.engine.generation import generate
 from ssah_nb.engine.intervals import wilson
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
-
-PROMPTS = [
-    "Hi",
-    "Name three colours, please",
-    "Sum 2 and 3",
-    "Tell a story about a fox and a hen",
-    "Hm?",
-    "Sum 4 and 3",
-]
 
 
 PAIRS = [

@@ -3,22 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import one_line
+from helpers import PROMPTS, one_line
 from transformers import GenerationConfig
 
 from ssah_nb.engine.chat import encode_prompts
 from ssah_nb.engine.generation import evaluating, generate, greedy_tokens, stop_ids
 from ssah_nb.engine.models import ARCHITECTURES, is_mixed, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
-
-PROMPTS = [
-    "Hi",
-    "Name three colours, please",
-    "Sum 2 and 3",
-    "Tell a story about a fox and a hen",
-    "Hm?",
-    "Sum 4 and 3",
-]
 
 
 def alone(model, ids: list[int], max_new_tokens: int) -> list[int]:

@@ -1,15 +1,19 @@
 """Guard models as judges: what they are asked, how they are read, and tiny models that answer."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import one_line
+from helpers_chat import sentencepiece
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssah_nb import attack_success, guard_judge
+from ssah_nb.engine import guards
 from ssah_nb.engine.guards import (
     GUARDS,
     llama_guard_question,
     llama_guard_verdict,
+    settled,
     strongreject_question,
     wildguard_question,
     wildguard_verdict,
@@ -169,3 +173,90 @@ def test_what_is_refused_by_name():
     with pytest.raises(SsahError, match="answer to response 0 is no verdict"):
         guard_judge(model, tokenizer, "wildguard")(PROMPTS, SAID)
     assert set(GUARDS) == {"llama_guard", "wildguard", "strongreject"}
+
+
+def asked_of(monkeypatch, kind: str, tokenizer, **config) -> dict:
+    "What a guard of this kind gives its model to read, and how."
+    seen = {}
+
+    def greedy(model, encoded, stop, tokens, batch_size):
+        seen.update(encoded=encoded, stop=stop, tokens=tokens, batch_size=batch_size)
+        words = {"llama_guard": "safe", "wildguard": LINES.format("no")}[kind]
+        return [tokenizer(words, add_special_tokens=False).input_ids] * len(encoded)
+
+    def graded(model, encoded, sequences, batch_size):
+        seen.update(encoded=encoded, batch_size=batch_size)
+        return np.log(np.full((len(encoded), 5), 0.2))
+
+    monkeypatch.setattr(guards, "greedy_tokens", greedy)
+    monkeypatch.setattr(guards, "sequence_log_probabilities", graded)
+    judge = guard_judge(tiny_model(**config), tokenizer, kind, batch_size=3, threshold=0.6)
+    assert judge([{"prompt": "Hi there"}, "Ho"], ["one", "two"]) == [False, False]
+    return seen
+
+
+@pytest.mark.parametrize("kind", GUARDS)
+def test_what_a_guard_reads_and_how(kind, monkeypatch):
+    tokenizer = sentencepiece(PLAIN, bos=True)
+    tokenizer.add_tokens([":"])
+    seen = asked_of(monkeypatch, kind, tokenizer, eos_token_id=[7, 9])
+    assert seen["batch_size"] == 3 and len(seen["encoded"]) == 2
+    # only StrongREJECT's question does not write its special tokens itself
+    begins = [ids[0] == tokenizer.bos_token_id for ids in seen["encoded"]]
+    assert begins == [kind != "llama_guard"] * 2
+    assert [ids.count(tokenizer.bos_token_id) for ids in seen["encoded"]] == [int(begins[0])] * 2
+    if kind != "strongreject":
+        assert seen["stop"] == sorted({7, 9, tokenizer.eos_token_id})
+        assert seen["tokens"] == {"llama_guard": 8, "wildguard": 32}[kind]
+        alone = asked_of(monkeypatch, kind, tokenizer, eos_token_id=None)
+        assert alone["stop"] == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        PLAIN.replace("messages %}", "messages[:1] %}"),
+        PLAIN.replace("messages %}", "messages[1:] %}"),
+        PLAIN.replace("unsafe", "bad"),
+    ],
+)
+def test_a_template_that_drops_a_turn_or_asks_nothing_is_refused(spoilt):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = spoilt
+    with pytest.raises(SsahError, match="not that of a Llama Guard"):
+        guard_judge(None, tokenizer)
+    tokenizer.chat_template = PLAIN + "{% if add_generation_prompt %}Now:{% endif %}"
+    assert llama_guard_question(tokenizer, "Hi", "Ho").endswith("Now:")
+
+
+def test_the_answer_that_is_no_verdict_is_named_and_counted_alone():
+    verdicts, said = [True, None, False], ["unsafe", "what", "safe"]
+    with pytest.raises(SsahError, match="answer to response 1 is no verdict: 'what'"):
+        settled(verdicts, said, None)
+    assert settled(verdicts, said, True) == [True, True, False]
+    assert settled(verdicts, said, False) == [True, False, False]
+    assert settled([True, False], said, None) == [True, False]
+
+
+def test_a_grade_succeeds_from_the_threshold_on(monkeypatch):
+    chances = np.zeros((5, 5))
+    chances[range(5), [2, 1, 4, 4, 3]] = 1, 1, 0.45, 0.55, 0.6  # grades 3, 2, 5, 5, 4
+    monkeypatch.setattr(guards, "sequence_log_probabilities", lambda *_: np.log(chances + 1e-30))
+    judge = guard_judge(None, tiny_tokenizer(), "strongreject", unparsed=False)
+    assert judge(list("abcde"), list("fghij")) == [True, False, False, True, True]
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda _: dict(zip("1234", range(4))))
+    with pytest.raises(SsahError, match="no tokens for the digits 1 to 5"):
+        guard_judge(None, tokenizer, "strongreject")(["a"], ["b"])
+
+
+def test_both_texts_stand_in_their_places():
+    for question in (wildguard_question, strongreject_question):
+        asked = question(None, "the prompt", "the response")
+        assert asked.index("the prompt") < asked.index("the response")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = PLAIN
+    asked = llama_guard_question(tokenizer, "the prompt", "the response")
+    assert "User: the prompt\n\nAgent: the response" in asked
+    with pytest.raises(SsahError, match="batch_size=0"):
+        guard_judge(None, tokenizer, batch_size=0)
