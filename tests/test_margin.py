@@ -12,6 +12,7 @@ from ssah_nb import chat_options, refusal_margin, refusal_margins
 from ssah_nb.engine import margin
 from ssah_nb.engine.chat import encode_pairs, encode_prompts
 from ssah_nb.engine.evaluation import safety_report
+from ssah_nb.engine.intervals import bootstrap_mean
 from ssah_nb.engine.margin import (
     COMPLIANCE_OPENINGS,
     REFUSAL_OPENINGS,
@@ -214,3 +215,24 @@ def test_an_answer_stands_after_an_empty_thought_also_where_thoughts_are_on(temp
         ]
     ]
     assert thinking == pytest.approx(np.array(right), abs=1e-9)
+
+
+def test_options_reach_what_they_are_for(monkeypatch):
+    model, tokenizer = tiny_model().double(), tiny_tokenizer()
+    margins = refusal_margins(model, tokenizer, PROMPTS)
+    for seed in (0, 1):
+        mean = refusal_margin(model, tokenizer, PROMPTS, seed=seed)
+        assert mean == bootstrap_mean(margins, seed=seed)
+    assert mean != bootstrap_mean(margins)
+    assert opening_tokens(tokenizer, [" Sure\n"]) == opening_tokens(tokenizer, "Sure")
+    seen, read, encode = [], margin.read_sequences, margin.encode_pairs
+    monkeypatch.setattr(
+        margin, "read_sequences", lambda m, p, s: seen.append(tuple(p.shape)) or read(m, p, s)
+    )
+    refusal_margins(model, tokenizer, ["Hi", "Ho", "Hm", "Ha", "Hee"], batch_size=3)
+    assert sorted(rows for rows, _ in seen) == [1, 1, 3] and len(set(seen)) == 3
+    monkeypatch.setattr(
+        margin, "encode_pairs", lambda t, pairs, system: seen.append(system) or encode(t, pairs)
+    )
+    refusal_margins(model, tokenizer, ["Hi"], "Be kind.")
+    assert seen.count("Be kind.") == 2  # the openings stand after it, too
