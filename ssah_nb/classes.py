@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from .attribution import Importance, load_scores
-from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off, one_width
+from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off
+from .engine.cutting import kept_units, one_width
 from .engine.cutting import tell_width, whole_model
 from .engine.experts import experts_off, refuse_experts
 from .engine.inputs import as_rows
@@ -308,10 +309,7 @@ def load_pruned(
 ) -> PreTrainedModel:
     "A model that `prune` made. Raises `SsahError` when the folder holds something else."
     model = whole_model(folder, "ssah_kept", dtype)
-    modules, kept = depth_two(model), {}
-    for kind, layers in modules.items():
-        kept[kind] = torch.zeros(len(layers), layers[0].units, dtype=torch.bool)
-        for row, indices in zip(kept[kind], model.config.ssah_kept[kind]):
-            row[indices] = True
+    modules = depth_two(model)
+    kept = kept_units(model.config.ssah_kept, modules, folder)
     cut(model, cut_plan(model, modules, kept))
     return fill(model, folder)

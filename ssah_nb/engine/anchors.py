@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'STEPPED',
+    'OPTIONS',
     'turn',
     'without_dropout',
     'listening',
@@ -19,6 +20,9 @@ __all__ = [
     'check_shape',
     'Drift',
     'named_units',
+    'is_encoded',
+    'check_facts_of_anchor',
+    'references_in',
     'AnchorCallback',
 ]
 
@@ -29,6 +33,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -43,6 +48,7 @@ from .generation import evaluating
 from .limits import check_seed
 from .run import SsahError
 from .sharded import refuse_sharded
+from .tensors import check_tensors
 
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-005
@@ -134,7 +140,7 @@ def behaviour_on_all(
     change: Callable[[torch.Tensor], torch.Tensor],  # what is kept of each tensor
 ) -> list[torch.Tensor]:
     "`behaviour` on all pairs, in their order: [all response tokens, ...] on the CPU."
-    parts: dict[int, list[torch.Tensor]] = {}
+    parts: dict[int, tuple[torch.Tensor, ...]] = {}
     with evaluating(model):
         for batch in token_batches(encoded, 1024, model):
             sizes = [len(encoded[row][1]) for row in batch.rows]
@@ -158,10 +164,10 @@ def check_options(
         raise SsahError("on='answers' holds no units; leave units out, or pass on='units'")
     check_seed(options["seed"])
     for name in ("tokens", "prompts", "every"):
-        if type(options[name]) is not int or options[name] < 1:
+        if type(options[name]) is not int or not 1 <= options[name] < 1 << 31:
             raise SsahError(f"{name}={options[name]} is not a whole number of at least 1")
     for name in ("weight", "slack"):
-        if not 0 <= options[name] < float("inf"):
+        if type(options[name]) not in (int, float) or not 0 <= options[name] < float("inf"):
             raise SsahError(f"{name}={options[name]} is negative or not finite")
 
 
@@ -237,6 +243,60 @@ def named_units(mask) -> pd.DataFrame:  # mask: a UnitMask
     places = {kind: getattr(mask, kind).nonzero().tolist() for kind in ("mlp", "attention")}
     rows = [(kind, layer, unit) for kind in places for layer, unit in places[kind]]
     return pd.DataFrame(rows, columns=["kind", "layer", "unit"])
+
+
+# %% ../../nbs/engine/anchors.ipynb #anchors-035
+OPTIONS: dict[str, Any] = {"on": str, "tokens": int, "prompts": int, "weight": (int, float)}
+OPTIONS |= {"every": int, "slack": (int, float), "seed": int}
+
+
+def is_encoded(pair: Any) -> bool:  # anything
+    "Whether it is the token ids of a prompt and of a response."
+    ids = lambda row: (
+        isinstance(row, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in row)
+    )
+    whole = isinstance(pair, (list, tuple)) and len(pair) == 2
+    return whole and ids(pair[0]) and ids(pair[1]) and bool(pair[1])
+
+
+def check_facts_of_anchor(info: dict, units: Any, where: str):  # units: the mask of an anchor
+    "Raise `SsahError` for options, token ids or a shape that no anchor has."
+    options, encoded = info["options"], info["encoded"]
+    if not isinstance(options, dict) or options.keys() != OPTIONS.keys():
+        raise SsahError(f"{where} lacks the options of an anchor; write it again")
+    for name, kind in OPTIONS.items():
+        if not isinstance(options[name], kind) or isinstance(options[name], bool):
+            raise SsahError(f"{where} has no {name} that can be; it was changed, write it again")
+    check_options(options, units)
+    if not isinstance(encoded, list) or not encoded or not all(map(is_encoded, encoded)):
+        raise SsahError(f"{where} has no token ids of refusals; it was changed, write it again")
+    shape = info["shape"]
+    if not isinstance(shape, dict) or not isinstance(shape.get("vocab_size"), int):
+        raise SsahError(f"{where} does not say what it fits; it was changed, write it again")
+    if max(i for pair in encoded for row in pair for i in row) >= shape["vocab_size"]:
+        raise SsahError(f"{where} has token ids of another model; it was changed, write it again")
+
+
+def references_in(
+    tensors: dict[str, torch.Tensor],  # "0.before", "0.mean", ..., "1.before", ...
+    encoded: list,  # the token ids of the refusals
+    held: int | None,  # how many modules are held; None: the answers
+    where: str,  # what was read, for the error
+) -> list[dict[str, torch.Tensor]]:
+    "One reference for the answers, or for each module. Raises `SsahError` for what does not fit."
+    parts = ("before",) if held is None else ("before", "mean", "spread")
+    names = [[f"{place}.{part}" for part in parts] for place in range(held or 1)]
+    check_tensors(tensors, {first: None for first, *_ in names}, where)
+    tokens, channels = sum(len(response) for _, response in encoded), {}
+    for first, *others in names:
+        channels[first] = tensors[first].shape[1]
+        check_tensors(tensors, {first: (tokens, channels[first])}, where)
+        check_tensors(tensors, dict.fromkeys(others, (channels[first],)), where)
+        if others and not (tensors[others[-1]] > 0).all():
+            raise SsahError(f"{where} has a spread that is not above 0; write it again")
+    if over := sorted(tensors.keys() - {name for some in names for name in some}):
+        raise SsahError(f"{where} has a {over[0][:40]!r} that belongs to nothing; write it again")
+    return [{name.partition(".")[2]: tensors[name] for name in some} for some in names]
 
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-020

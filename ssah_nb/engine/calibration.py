@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 
 from .files import write_atomic
+from .inputs import as_pairs
+from .opening import read_json
 from .run import Run, SsahError
 
 
@@ -33,8 +35,12 @@ def save_calibration(run: Run, sets: dict[str, list[dict]], options: dict):
 
 def read_calibration(run: Run) -> tuple[dict[str, list[dict]], dict]:
     "The pairs and the options that `save_calibration` wrote."
-    saved = json.loads(run.path("calibration.json").read_text())
-    return saved["sets"], saved["options"]
+    path = run.path("calibration.json")
+    saved = read_json(path)
+    sets, options = saved.get("sets"), saved.get("options")
+    if not isinstance(sets, dict) or not isinstance(options, dict):
+        raise SsahError(f"{path} has no sets and options; run chapter 03_attribution again")
+    return {name: as_pairs(pairs) for name, pairs in sets.items()}, options
 
 
 # %% ../../nbs/engine/calibration.ipynb #calibration-006

@@ -16,6 +16,7 @@ __all__ = [
     'is_large',
     'check_claims',
     'weight_files',
+    'check_whole',
     'check_index',
     'numbers_in',
     'check_folder',
@@ -54,7 +55,7 @@ def check_parts(config: dict, where: str | Path):  # config: from JSON, with inn
         if isinstance(value, dict):
             check_parts(value, where)
         large = [v for v in (value if isinstance(value, list) else [value]) if is_large(v)]
-        if PARTS.search(name) and large:
+        if PARTS.search(str(name)) and large:
             raise SsahError(
                 f"{where} claims {name}={large[0]:,}, and no model has more than "
                 f"{MOST_PARTS:,}; fetch the model again"
@@ -103,9 +104,15 @@ def weight_files(folder: Path) -> list[Path]:  # a folder that is there
     if pickled and not weights:
         raise SsahError(
             f"its weights are pickled only ({pickled[0]}), and a pickle can run any code; "
-            "save it with safe_serialization=True"
+            "save it as safetensors"
         )
     return weights
+
+
+def check_whole(found: dict):  # what `from_pretrained` says of its loading
+    "Raise `SsahError` for weights that no file had, since they are random now."
+    if lacking := sorted(found["missing_keys"]):
+        raise SsahError(f"its files lack {lacking[0]}; fetch or save the model again")
 
 
 def check_index(folder: Path, names: Iterable[str]):  # names: of the files that are there
@@ -118,19 +125,21 @@ def check_index(folder: Path, names: Iterable[str]):  # names: of the files that
             raise SsahError(f"{path} names {lacking[0][:80]!r}, which is not there; fetch it again")
 
 
-def numbers_in(path: Path) -> int:  # a safetensors file
-    "How many numbers its tensors have, from its header."
+def numbers_in(path: Path, packed: bool) -> int:  # a safetensors file; packed: quantized
+    "How many numbers its tensors of floats have, or all of them, from its header."
     with safe_open(path, "pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        parts = [file.get_slice(name) for name in file.keys()]
+        kept = (p for p in parts if packed or p.get_dtype().startswith(("F", "BF")))
+        return sum(math.prod(part.get_shape()) for part in kept)
 
 
 def check_folder(folder: Path) -> int:
     "How many numbers its weights are. Raises `SsahError` as above, and for a wild configuration."
     weights = weight_files(folder)
     check_index(folder, (path.name for path in weights))
-    if is_there(folder / "config.json"):
-        check_parts(read_json(folder / "config.json"), folder / "config.json")
-    return sum(map(numbers_in, weights))
+    config = read_json(folder / "config.json") if is_there(folder / "config.json") else {}
+    check_parts(config, folder / "config.json")
+    return sum(numbers_in(path, "quantization_config" in config) for path in weights)
 
 
 # %% ../../nbs/engine/checkpoints.ipynb #checkpoints-011
@@ -221,7 +230,8 @@ def check_stream(walk: Walk) -> int:
     found = [walk.tensor() for _ in range(tensors)]
     shapes = {name: shape for name, shape, _ in found}
     numbers = [math.prod(shape) for _, shape, _ in found]
-    packed = (GGML_QUANT_SIZES[kind] for _, _, kind in found)
+    sizes: Any = GGML_QUANT_SIZES
+    packed = (sizes[kind] for _, _, kind in found)
     if sum(n * size // block for n, (block, size) in zip(numbers, packed)) > len(walk.data):
         raise ValueError("its tensors are larger than the file")
     check_lists(values, max(shapes.get("token_embd.weight", (0,))))

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'Plan',
+    'MOST_CUT',
     'inputs_off',
     'inputs_seen',
     'keep_rows',
@@ -16,6 +17,7 @@ __all__ = [
     'shapes',
     'tell_width',
     'whole_model',
+    'kept_units',
     'fill',
 ]
 
@@ -25,8 +27,10 @@ import torch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from safetensors.torch import load_file
-from .models import first_line
+from typing import Any
+from .checkpoints import check_claims, check_folder
+from .models import check_finite, first_line
+from .opening import is_there, read_tensors
 from .run import SsahError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -92,7 +96,7 @@ Plan = dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]  # linear -> (
 def cut(model: nn.Module, plan: Plan):  # model: changed in place
     "Cut the linears of a plan."
     for name, (rows, columns) in plan.items():
-        linear = model.get_submodule(name)
+        linear: Any = model.get_submodule(name)
         if rows is not None and not rows.all():
             keep_rows(linear, rows)
         if columns is not None and not columns.all():
@@ -106,7 +110,7 @@ def cut_plan(
     kept: dict[str, torch.Tensor],  # {kind: bool [layers, bundles]}, whole groups
 ) -> Plan:
     "Which rows and columns of each linear stay."
-    plan: Plan = {}
+    plan: dict[str, Any] = {}
     for kind, layers in modules.items():
         for module, keep in zip(layers, kept[kind]):
             for parts, bundles in ((module.a, keep), (module.shared, keep[:: module.group])):
@@ -178,16 +182,49 @@ def whole_model(
     dtype: torch.dtype,  # of the weights
 ) -> PreTrainedModel:
     "An uncut model of the folder's configuration, its weights random. Raises `SsahError`."
+    todo = "write one with prune(...).save_pretrained(folder)"
     try:
+        held = check_folder(Path(folder)) if Path(folder).is_dir() else 0
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise SsahError(
-            f"no pruned model in {folder} ({first_line(e)}); "
-            "write one with prune(...).save_pretrained(folder)"
-        ) from None
+    except SsahError as e:
+        raise SsahError(f"no pruned model in {folder}: {e}") from None
+    except Exception as e:  # transformers raises what its parsing stumbles on
+        raise SsahError(f"no pruned model in {folder} ({first_line(e)}); {todo}") from None
     if not hasattr(config, note):
         raise SsahError(f"{folder} holds no pruned model; load it with load_model")
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        check_claims(config, MOST_CUT * held + 10_000_000, folder)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except SsahError:
+        raise
+    except Exception as e:  # a configuration that no model can have
+        raise SsahError(f"no pruned model in {folder} ({first_line(e)}); {todo}") from None
+
+
+MOST_CUT = 50  # the whole model has at most so many times the weights that were kept
+
+
+def kept_units(
+    noted: Any,  # what the configuration says: {kind: the kept units of each layer}
+    modules: dict[str, list],  # of the whole model, as in `cut_plan`
+    folder: str | Path,  # what was read, for the error
+) -> dict[str, torch.Tensor]:
+    "Which units were kept, {kind: bool [layers, units]}. Raises `SsahError` for what cannot be."
+    kept = {}
+    for kind, layers in modules.items():
+        kept[kind] = torch.zeros(len(layers), layers[0].units, dtype=torch.bool)
+        rows: Any = noted.get(kind) if isinstance(noted, dict) else None
+        right = isinstance(rows, list) and len(rows) == len(layers)
+        for row, units in zip(kept[kind], rows if right else ()):
+            right = right and isinstance(units, list) and len(units) > 0
+            right = right and all(type(u) is int and 0 <= u < len(row) for u in units)
+            row[units if right else []] = True
+        whole = kept[kind].unflatten(1, (-1, layers[0].group))
+        if not right or (whole.any(-1) != whole.all(-1)).any():
+            raise SsahError(
+                f"{folder} does not say which {kind} units were kept; save the pruned model again"
+            )
+    return kept
 
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-021
@@ -196,19 +233,27 @@ def fill(
     folder: str | Path,  # with its *.safetensors
 ) -> PreTrainedModel:
     "The model with the saved weights, in evaluation mode. Raises `SsahError` when they misfit."
-    files, weights = sorted(Path(folder).glob("*.safetensors")), {}
+    files = sorted(Path(folder).glob("*.safetensors"))
+    weights: dict[str, torch.Tensor] = {}
     for file in files:
-        weights |= load_file(file)
+        weights |= read_tensors(file, most=1 << 50)
     tied = getattr(model, "_tied_weights_keys", None) if model.config.tie_word_embeddings else None
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError:
-        missing, unexpected = weights, weights  # a shape that differs
+        missing, unexpected = list(weights), ["a shape that differs"]
     if unexpected or set(missing) - set(tied or ()):
         raise SsahError(
             f"the weights in {folder} do not fit its config; save the pruned model again"
         )
     model.tie_weights()
-    if (Path(folder) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    check_finite(model)
+    try:
+        if is_there(Path(folder) / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as e:  # transformers raises what its parsing stumbles on
+        raise SsahError(
+            f"the generation_config.json in {folder} cannot be read ({first_line(e)}); "
+            "save the pruned model again"
+        ) from None
     return model.eval()

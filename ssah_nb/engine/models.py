@@ -28,10 +28,10 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/models.ipynb #models-002
-import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -49,7 +49,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .checkpoints import check_claims, check_folder, check_gguf, check_whole
 from .files import part_of, remove_parts
+from .opening import is_there, read_json
 from .run import Run, SsahError, pick_device, pick_dtype, pick_mixed, progress_shown
 from .limits import check_seed
 from .wheels import wheel_member
@@ -157,12 +159,19 @@ def load_gguf(
     dtype: torch.dtype,  # of the weights after dequantization
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A GGUF file as an ordinary model: one that can be trained and saved."
-    if not path.exists():
-        raise SsahError(f"no GGUF file at {path}; check the path")
-    where = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+    where: dict[str, Any] = dict(
+        pretrained_model_name_or_path=str(path.parent), gguf_file=path.name
+    )
     try:
+        held = check_gguf(path)
+        check_claims(AutoConfig.from_pretrained(**where), held, path)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        where |= dict(dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**where)
+        quantized, found = loaded
+        check_whole(found)
+    except SsahError as e:
+        raise SsahError(f"cannot load {path}: {e}") from None
     except Exception as e:  # the readers raise whatever their parsing stumbles on
         raise SsahError(
             f"{path} is not a whole GGUF file of a supported model ({first_line(e)}); "
@@ -184,13 +193,22 @@ def load_pretrained(
     "A model that transformers finds by its name."
     where = dict(revision=revision or "main", trust_remote_code=False)
     try:
+        held = check_folder(Path(name)) if Path(name).is_dir() else None
         config = AutoConfig.from_pretrained(name, **where)
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
         if hasattr(config, "ssah_kept"):
             raise SsahError("it is a pruned model: load it with load_pruned")
+        if held is not None:
+            check_claims(config, held, "its configuration")
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
         where |= dict(config=config, dtype=dtype, use_safetensors=True)
         where["device_map"] = "auto" if spread else None
-        return AutoModelForCausalLM.from_pretrained(name, **where), tokenizer
+        where["output_loading_info"] = True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where)
+        model, found = loaded
+        check_whole(found)
+        return model, tokenizer
+    except SsahError as e:
+        raise SsahError(f"cannot load model {str(name)!r}: {e}") from None
     except Exception as e:  # the readers raise whatever their parsing stumbles on
         raise SsahError(
             f"cannot load model {str(name)!r} ({first_line(e)}); "
@@ -225,8 +243,10 @@ def load_model(
         from ssah_nb.engine.alignment import aligned_folder  # here, as alignment needs this module
 
         return load_model(aligned_folder(where), dtype, device)
+    model: Any
     if name == "tiny":
-        model, tokenizer = tiny_model().to(dtype), tiny_tokenizer()
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        model = model.to(dtype)
     elif name == "embedded":
         model, tokenizer = load_gguf(wheel_member(*EMBEDDED), dtype)
     elif Path(name).suffix == ".gguf":
@@ -284,7 +304,10 @@ def save_model(
 def given_stage(run: Run) -> str:
     'What the model that the run began with is: "unaligned", or "aligned" if it refused already.'
     path = run.path("given.json")  # written by 00_start
-    return json.loads(path.read_text())["taken_as"] if path.exists() else "unaligned"
+    taken = read_json(path).get("taken_as") if is_there(path) else "unaligned"
+    if taken not in ("aligned", "unaligned"):
+        raise SsahError(f"{path} does not say what the model was taken as; run 00_start again")
+    return taken
 
 
 def stage_name(run: Run, stage: str) -> str | Path:
@@ -314,7 +337,7 @@ def load_stage(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A model of this run. Raises `SsahError` when it is not there and cannot be made at once."
     model, tokenizer = load_model(stage_name(run, stage), run.dtype, run.device)
-    model.ssah_mixed = run.parameters["mixed"] = pick_mixed(run.mixed, model.device)
+    vars(model)["ssah_mixed"] = run.parameters["mixed"] = pick_mixed(run.mixed, model.device)
     return model, tokenizer
 
 

@@ -26,6 +26,7 @@ import torch
 from accelerate.utils import align_module_device
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from .run import SsahError
 from .tensors import check_layers, check_tensors
 from .weights import check_unpacked
@@ -37,9 +38,13 @@ from torch import nn
 class Moments:
     "Count, mean and summed squared deviation of each channel; `a + b` are those of both samples."
 
-    count: int = 0  # tokens seen
-    mean: torch.Tensor | None = None  # [channels], float64
-    m2: torch.Tensor | None = None  # [channels], float64: Σ (x - mean)²
+    count: Any = 0  # tokens seen
+    mean: Any = None  # tensor [channels], float64; None without tokens
+    m2: Any = None  # tensor [channels], float64: Σ (x - mean)²
+
+    def add(self, pieces: Iterable[torch.Tensor]):  # each [tokens, channels], any float dtype
+        "Take in more tokens."
+        add_tokens(self, pieces)
 
     def __add__(self, other: "Moments") -> "Moments":
         if not self.count:
@@ -65,13 +70,15 @@ def of_pieces(
     near: torch.Tensor | None,  # [channels]: a mean to start from; None: the first piece's
 ) -> Moments:
     "The moments of some tokens, in three passes over each piece while it is in the cache."
-    n, s, ss, shift = 0, 0.0, 0.0, near
+    n, shift = 0, near
+    s: Any = 0.0
+    ss: Any = 0.0
     for x in pieces:
         if shift is None:  # near the mean, so Σd² − (Σd)²/n does not cancel
             shift = x.float().mean(0)
         d = x - shift  # float32, a copy: x belongs to the model
         n, s, ss = n + len(x), s + d.sum(0).double(), ss + d.square_().sum(0).double()
-    if not n:
+    if not n or shift is None:
         return Moments()
     return Moments(n, shift.double() + s / n, (ss - s.square() / n).clamp_min_(0))
 
@@ -100,15 +107,12 @@ def add_tokens(
     moments.count, moments.mean, moments.m2 = merged.count, merged.mean, merged.m2
 
 
-Moments.add = add_tokens
-
-
 # %% ../../nbs/engine/moments.ipynb #moments-channel
 @dataclass
 class ChannelMoments(Moments):
     "Moments with a count for each channel, which may be 0."
 
-    count: torch.Tensor | None = None  # int64 [channels]: tokens that each has seen
+    count: Any = None  # tensor, int64 [channels]: tokens that each has seen
 
     def __add__(self, other: Moments) -> Moments:
         if other.mean is None:
@@ -236,11 +240,13 @@ def check_statistics(tensors: dict, info: dict, where: str):  # what was read, a
     channels = tuple(f"channels.{kind}" for kind in kinds)
     check_tensors(tensors, dict.fromkeys(channels), where)
     check_layers(tensors, channels, where, model)
-    if not model.get("heads", 1) or tensors[channels[1]].shape[1] % model.get("heads", 1):
+    heads = model.get("heads", 0) if "model" in info else 1
+    if not heads or tensors[channels[1]].shape[1] % heads:
         raise SsahError(f"{where} has channels for no whole number of heads; write it again")
     parts = [part for part in ("mean", "m2", "count", "weights") if part == "weights" or count]
     like = {f"{p}.{kind}": tensors[f"channels.{kind}"].shape for p in parts for kind in kinds}
-    optional = {n for n in like if n.startswith(("weights.", "count.")) and n not in tensors}
+    some = {part for part in ("weights", "count") if any(n.startswith(part) for n in tensors)}
+    optional = {n for n in like if n.partition(".")[0] in {"weights", "count"} - some}
     check_tensors(tensors, {name: like[name] for name in like if name not in optional}, where)
     for name in sorted(like.keys() & tensors.keys()):
         low, high = tensors[name].aminmax()

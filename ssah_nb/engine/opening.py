@@ -23,6 +23,7 @@ __all__ = [
     'PlainYaml',
     'parse_yaml',
     'read_json',
+    'read_arrow',
     'read_tensors',
 ]
 
@@ -34,13 +35,16 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from .run import SsahError
+from .files import SsahError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # %% ../../nbs/engine/opening.ipynb #opening-005
 MOST = {"facts": 32 << 20, "rows": 256 << 20, "yaml": 1 << 20, "tensors": 2 << 30}  # bytes
@@ -225,6 +229,20 @@ def read_json(
         raise SsahError(
             f"cannot read {path} ({reason(e)}); it was cut or changed, write it again"
         ) from None
+
+
+# %% ../../nbs/engine/opening.ipynb #opening-016
+def read_arrow(path: str | Path) -> "Dataset":  # a .arrow file
+    "Its rows, as a data set that stays on the disk. Raises `SsahError` naming the file."
+    from datasets import Dataset  # here, because only these files need it
+
+    plain_size(path)
+    try:
+        found = Dataset.from_file(str(path))
+        found.data.validate(full=True)
+        return found
+    except Exception as e:  # pyarrow raises many kinds
+        raise SsahError(f"cannot read {path} ({reason(e)}); remove it and run again") from None
 
 
 # %% ../../nbs/engine/opening.ipynb #opening-013

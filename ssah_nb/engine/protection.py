@@ -34,6 +34,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +46,9 @@ from .files import write_private
 from .forward import context_of
 from .generation import generate
 from .judges import DEFAULT_JUDGE, judged
+from .inputs import as_pairs
 from .margin import refusal_margins
+from .opening import read_json
 from .run import Run, SsahError, side_by_side, write_atomic
 from .splits import Splits
 
@@ -110,7 +113,7 @@ def first_words(
 ) -> str:
     "The first tokens of an opening, as text."
     (_, response), *_ = encode_pairs(tokenizer, [{"prompt": "?", "response": opening}])
-    return tokenizer.decode(response[:tokens], skip_special_tokens=True)
+    return str(tokenizer.decode(response[:tokens], skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def losses_of(model, tokenizer, pairs: list[dict], max_response: int) -> list[li
 
 def margins_of(model, tokenizer, prompts: list[str]) -> list[float]:
     "Refusal margins, in nats."
-    found = refusal_margins(model, tokenizer, prompts) if prompts else []
+    found: Any = refusal_margins(model, tokenizer, prompts) if prompts else []
     return [round(float(margin), 4) for margin in found]
 
 
@@ -161,7 +164,8 @@ def outcomes_of(
     completions: str | Path,  # JSON file for the answers, under runs/
 ) -> dict[str, list]:
     "What is kept of a model: one boolean, margin or loss a prompt, by name."
-    kept, said = {}, {}
+    kept: dict[str, list] = {}
+    said: dict[str, list[str]] = {}
     at_hand = model, tokenizer
     for name in ("harmful", "second", "contrast"):
         kept[name], said[name] = answered(*at_hand, getattr(asked, name), judging)
@@ -211,8 +215,8 @@ def kept_case(run: Run, case: Case, print_of: str) -> dict | None:  # print_of: 
     path = run.path("protection", f"{case.name}.json")
     if not path.exists():
         return None
-    kept = json.loads(path.read_text())
-    return kept if kept["fingerprint"] == print_of else None
+    kept = read_json(path)
+    return kept if kept.get("fingerprint") == print_of else None
 
 
 def run_cases(
@@ -304,7 +308,7 @@ def harmful_pairs(
         yes = judged(DEFAULT_JUDGE, prompts, said, 120)
         rows = [{"prompt": p, "response": s} for p, s, ok in zip(prompts, said, yes) if ok and s]
         write_private(path, {"pairs": rows})
-    return json.loads(path.read_text())["pairs"]
+    return as_pairs(read_json(path).get("pairs", ()), at_least=0)
 
 
 # %% ../../nbs/engine/protection.ipynb #protection-023

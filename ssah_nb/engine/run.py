@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -44,6 +44,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .files import SsahError, write_atomic, write_together
+from .opening import read_json
 from .figures import figure_bytes, readable, set_style, table_figure
 from .limits import check_seed
 
@@ -61,7 +62,8 @@ def set_seed(seed: int):  # the same seed gives the same run on the same machine
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time and is never read
+    # it takes time, and the memory is never read
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
 
 # %% ../../nbs/engine/run.ipynb #run-009
@@ -157,7 +159,7 @@ def side_by_side(
     threads, at_once = torch.get_num_threads(), at_once or int(os.environ.get("SSAH_AT_ONCE", 2))
     if at_once == 1 or device.type != "cpu" or threads < at_once:
         return [work(item) for item in items]
-    share = dict(initializer=torch.set_num_threads, initargs=(threads // at_once,))
+    share: dict[str, Any] = dict(initializer=torch.set_num_threads, initargs=(threads // at_once,))
     with ThreadPoolExecutor(at_once, **share) as pool:
         return list(pool.map(work, items))
 
@@ -180,7 +182,7 @@ class Run:
         **parameters,  # the chapter's parameters, kept in the manifest
     ):
         self.profile, self.chapter, self.parameters = profile, chapter, parameters
-        self.started, self.written = time.time(), []
+        self.started, self.written = time.time(), list[Path]()
         root = project_root()
         self.folder = root / "runs" / profile
         self.figures = self.folder / "figures" if profile == "alone" else root / "figures" / profile
@@ -196,6 +198,18 @@ class Run:
         path = self.folder.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def read_table(self, name: str) -> pd.DataFrame:  # name: without its ending
+        "A table that an earlier chapter of this run wrote. Raises `SsahError` without it."
+        return read_run_table(self, name)
+
+    def finish(
+        self,
+        model: torch.nn.Module | None = None,  # the chapter's model, for its device and dtype
+        seconds: dict[str, float] | None = None,  # what took how long
+    ):
+        "Write this chapter's part of the manifest, as `finish_run` does."
+        finish_run(self, model, seconds)
 
     def save_figure(
         self,
@@ -309,14 +323,11 @@ def finish_run(
     write_atomic(path, json.dumps(part, indent=1, default=str).encode())
 
 
-Run.read_table, Run.finish = read_run_table, finish_run
-
-
 # %% ../../nbs/engine/run.ipynb #run-032
 def write_manifest(run: Run) -> dict:  # the run, all of its chapters finished
     "Merge the chapters' parts into `figures/<profile>/MANIFEST.json`."
     folder = run.path("manifest", "x").parent
-    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    parts = [read_json(path) for path in sorted(folder.glob("*.json"))]
     manifest = {
         "profile": run.profile,
         "minutes": round(sum(p["minutes"] for p in parts), 1),

@@ -70,7 +70,7 @@ def squares_of_both(model: PreTrainedModel, module: Any) -> torch.Tensor:
 class Method:
     "How a channel's score comes from the moments of a signal and from the weights."
 
-    signal: Callable | None  # (X) -> what is averaged, [tokens, channels]; None: needs no data
+    signal: Any  # (X) -> what is averaged, [tokens, channels]; None: needs no data
     weigh: Callable  # (model, module) -> what the score reads from the weights, [channels]
     score: Callable  # (moments, what `weigh` gave) -> [channels]
     source: str  # paper and equation
@@ -136,7 +136,8 @@ def score_channels(
     "Raw scores of each kind, [layers, channels], float32. Raises `SsahError` for NaN."
     scores = {}
     for kind, weight in weights.items():
-        layers = zip(moments[kind] or [None] * len(weight), weight)
+        none: list[Any] = [None] * len(weight)
+        layers = zip(moments[kind] or none, weight)
         scores[kind] = torch.stack([method.score(m, w) for m, w in layers]).float()
         finite = scores[kind].isfinite().all(1)
         if not finite.all():
@@ -166,6 +167,9 @@ class Statistics(Shared):
             raise SsahError(f"method {self.info['method']!r} keeps no mean activations; use 'flap'")
         return torch.stack([m.mean for m in self.moments[kind]]).float()
 
+    def __add__(self, other: "Statistics") -> Self:
+        return both_together(self, other)
+
     def to_files(self) -> tuple[dict[str, torch.Tensor], dict]:
         "Scores, moments and weights by name, and the facts."
         return statistics_files(self.channels, self.moments, self.info, self.weights)
@@ -191,9 +195,11 @@ def check_same_scoring(a: Statistics, b: Statistics):
         )
 
 
-def both_together(a: Statistics, b: Statistics) -> Statistics:
+def both_together(a: Any, b: Statistics) -> Any:  # of the class of `a`
     "The scores on both data sets. Raises `SsahError` for another model or method."
     check_same_scoring(a, b)
+    if not (a.weights and b.weights):
+        raise SsahError("an importance without weights cannot be added; score both sets again")
     moments = {
         kind: [first + second for first, second in zip(layers, b.moments[kind])]
         for kind, layers in a.moments.items()
@@ -201,9 +207,6 @@ def both_together(a: Statistics, b: Statistics) -> Statistics:
     channels = score_channels(METHODS[a.info["method"]], moments, a.weights)
     texts = {"calibration": a.info.get("calibration", []) + b.info.get("calibration", [])}
     return type(a)(channels, moments, a.info | texts | reach(moments), a.weights)
-
-
-Statistics.__add__ = both_together
 
 
 # %% ../../nbs/engine/scores.ipynb #scores-015
@@ -223,7 +226,7 @@ def score_batches(
         kind: torch.stack([chosen.weigh(model, module) for module in layers])
         for kind, layers in modules.items()
     }
-    moments = {kind: [] for kind in modules}
+    moments: dict[str, list[Moments]] = {kind: [] for kind in modules}
     if chosen.signal:
         moments = collect_moments(model, modules, batches, chosen, tokens)
     info = facts | {"method": method, "tokens": tokens} | reach(moments)

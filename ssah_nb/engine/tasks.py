@@ -34,6 +34,7 @@ from .data import local_task_file
 from .generation import evaluating
 from .intervals import wilson
 from .limits import check_limits
+from .opening import read_arrow
 from .run import SsahError, progress
 from .states import check_in_memory, finite_logits
 
@@ -56,9 +57,7 @@ SIX = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "openbookqa")
 
 def questions_of(task: str, limit: int | None) -> "Dataset":  # task: a name in `STOCK_TASKS`
     "The first questions of a task, with the columns that the harness expects."
-    from datasets import Dataset
-
-    questions = Dataset.from_file(str(local_task_file(task)))
+    questions = read_arrow(local_task_file(task))
     questions = questions.select(range(len(questions))[:limit])
     if task == "boolq":
         labels = [int(answer) for answer in questions["answer"]]
