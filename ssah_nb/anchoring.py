@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'MOST_BYTES',
+    'MASKS',
     'WAYS',
     'at_least_float32',
     'answer_drift',
@@ -20,21 +21,24 @@ __all__ = [
     'anchor_callback',
     'anchor_report',
     'anchor_files',
+    'saved_units',
     'anchor_of',
     'anchored',
 ]
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-004
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .engine.anchors import AnchorCallback, Drift, behaviour, behaviour_on_all
-from .engine.anchors import check_options, check_shape, check_untrained, named_units
+from .engine.anchors import check_facts_of_anchor, check_options, check_shape
+from .engine.anchors import check_untrained, named_units, references_in
 from .engine.anchors import shape_of, turn, without_dropout
 from .engine.batches import pad_batch
 from .engine.chat import encode_pairs
@@ -45,6 +49,7 @@ from .engine.inputs import as_pairs
 from .engine.origin import origin
 from .engine.run import SsahError
 from .engine.template import chat_record
+from .engine.tensors import check_layers, check_tensors
 from .engine.ways import Case, Way
 from .freezing import WAYS
 from .units import UnitMask, check_mask, depth_two
@@ -87,6 +92,17 @@ class Anchor(Shared):
     called, kept_as, hidden = "anchor", "anchor", ("encoded",)
     needs = ("options", "step", "shape", "encoded", "model")
 
+    model: Callable  # () -> the model, or None when it is gone
+    shape: dict  # of the model, to tell it from another
+    encoded: list  # token ids of each (prompt, refusal)
+    reference: list[dict]  # what the model does on them at the start
+    origin: dict  # what the model was
+
+    prepare: ClassVar[Callable]  # this and the next three are defined below
+    loss: ClassVar[Callable]
+    callback: ClassVar[Callable]
+    report: ClassVar[Callable]
+
     def __init__(
         self,
         model: PreTrainedModel,  # the aligned model, before training
@@ -103,8 +119,9 @@ class Anchor(Shared):
         seed: int = 0,  # of the order of the refusals
     ):
         options = {"on": on, "tokens": tokens, "prompts": prompts, "weight": weight}
-        self.options = options | {"every": every, "slack": slack, "seed": seed}
-        self.units, self.step, self.masks = units, 0, weakref.WeakKeyDictionary()
+        self.options: dict[str, Any] = options | {"every": every, "slack": slack, "seed": seed}
+        self.units, self.step = units, 0
+        self.masks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         check_options(self.options, units)
         self.prepare(model, tokenizer, as_pairs(refusals), system)
 
@@ -275,19 +292,29 @@ def anchor_files(anchor: Anchor) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-031
+MASKS = ("mask.mlp", "mask.attention")
+
+
+def saved_units(tensors: dict, info: dict, where: str) -> UnitMask | None:  # where: for the error
+    "The mask of an anchor on units. Raises `SsahError` for one that fits no model."
+    if not tensors.keys() & set(MASKS):
+        return None
+    check_tensors(tensors, dict.fromkeys(MASKS), where, torch.bool)
+    check_layers(tensors, MASKS, where, info["model"])
+    return UnitMask(tensors["mask.mlp"], tensors["mask.attention"], info["model"])
+
+
 def anchor_of(cls, tensors: dict, info: dict, where: str) -> Anchor:  # where: for the error
-    "Put together again."
-    anchor, parts = cls.__new__(cls), {}
-    for name in sorted(set(tensors) - {"mask.mlp", "mask.attention"}):
-        place, _, what = name.partition(".")
-        parts.setdefault(int(place), {})[what] = tensors[name]
+    "Put together again. Raises `SsahError` for what does not fit together."
+    anchor, units = cls.__new__(cls), saved_units(tensors, info, where)
+    check_facts_of_anchor(info, units, where)
+    held = int(units.mlp.any(1).sum() + units.attention.any(1).sum()) if units else None
+    kept = {name: tensor for name, tensor in tensors.items() if name not in MASKS}
+    anchor.reference = references_in(kept, info["encoded"], held, where)
     anchor.options, anchor.step, anchor.shape = info["options"], info["step"], info["shape"]
     anchor.encoded = [tuple(pair) for pair in info["encoded"]]
     anchor.origin = {name: value for name, value in info.items() if name not in cls.needs}
-    anchor.reference = [parts[place] for place in sorted(parts)]
-    anchor.model, anchor.masks, anchor.units = (lambda: None), weakref.WeakKeyDictionary(), None
-    if "mask.mlp" in tensors:
-        anchor.units = UnitMask(tensors["mask.mlp"], tensors["mask.attention"], info["model"])
+    anchor.model, anchor.masks, anchor.units = (lambda: None), weakref.WeakKeyDictionary(), units
     return anchor
 
 

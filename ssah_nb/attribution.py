@@ -18,7 +18,8 @@ __all__ = [
 
 # %% ../nbs/03_attribution.ipynb #03-attribution-006
 import torch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 from .engine.batches import token_batches
 from .engine.chat import encode_pairs
 from .engine.template import chat_record
@@ -77,6 +78,7 @@ class Importance(Statistics):
     "Raw importance of each unit, with the statistics it came from."
 
     needs = ("model", "parameters", "total", "method", "tokens")
+    standardized: ClassVar[Callable]  # it is defined below
 
     @property
     def mlp(self) -> torch.Tensor:  # [layers, channels], raw
@@ -128,7 +130,7 @@ def importance(
     system: str | None = None,  # system prompt
     max_response: int | dict[str, int | None] | None = None,  # tokens kept of a response
     max_tokens: int = 2048,  # tokens of a batch
-) -> Importance | dict[str, Importance]:
+) -> Any:  # an Importance; of named sets {name: Importance}
     "Importance of every unit (paper, section 3), one for each set. Raises `SsahError`."
     if are_named_sets(pairs):
         kept = kept_tokens(pairs, max_response)

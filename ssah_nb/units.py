@@ -36,11 +36,11 @@ import pandas as pd
 import torch
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 from .engine.batches import UNIT_NEEDS, decoder
 from .engine.blocks import check_equal_layers, lacking
 from .engine.columns import draw_like
-from .engine.experts import expert_units
-from .engine.experts import is_fused, sizes
+from .engine.experts import expert_units, is_fused, sizes
 from .engine.figures import figure_bytes
 from .engine.hub import Shared, markdown_table
 from .engine.limits import check_seed
@@ -181,6 +181,8 @@ class UnitMask:
     mlp: torch.Tensor  # bool [layers, channels]
     attention: torch.Tensor  # bool [layers, heads]
     model: dict | None = None  # signature of the units' model; None: any of this shape
+    combined: ClassVar[Callable]  # this and the next are defined below
+    random_like: ClassVar[Callable]
 
     def __or__(self, other):
         return self.combined(other, torch.logical_or)
@@ -199,11 +201,7 @@ class UnitMask:
 
 
 # %% ../nbs/01_units.ipynb #01-units-combined
-def combined(
-    mask: UnitMask,
-    other: UnitMask,
-    how: Callable,  # a logical operation of two bool tensors
-) -> UnitMask:
+def combined(mask: UnitMask, other: UnitMask, how: Callable) -> UnitMask:  # how: of two tensors
     "Both masks in one. Raises `SsahError` for masks of two models."
     same_shape = mask.mlp.shape == other.mlp.shape and mask.attention.shape == other.attention.shape
     if not same_shape or (mask.model and other.model and mask.model != other.model):
@@ -275,6 +273,10 @@ class UnitMap(Shared):
     attention: torch.Tensor  # uint8 [layers, heads]
     order: Scores  # Î_S − Î_U (of an unaligned model: Î_U), which ranks the CU
     info: dict  # model signature, parameters of a unit, of the model, ratios
+    share: ClassVar[Callable]  # this and the next three are defined below
+    shares: ClassVar[Callable]
+    top_cu: ClassVar[Callable]
+    to_pandas: ClassVar[Callable]
 
     def units(self, *names: str) -> UnitMask:  # e.g. "SCU", "CU"
         "The units of these classes."

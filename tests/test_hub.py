@@ -237,6 +237,53 @@ def test_a_spoilt_folder_is_refused(name, how, things, tmp_path):
     one_line(error)
 
 
+def changed(tensors: dict, info: dict) -> dict:
+    "name -> (tensors, facts) of an anchor on units of which one thing does not fit."
+    options, first = info["options"], tensors["0.before"]
+    facts = {
+        "no options": {"options": []},
+        "an option too few": {"options": {k: v for k, v in options.items() if k != "seed"}},
+        "weight of text": {"options": options | {"weight": "much"}},
+        "weight of nan": {"options": options | {"weight": float("nan")}},
+        "prompts of true": {"options": options | {"prompts": True}},
+        "on answers": {"options": options | {"on": "answers"}},
+        "no refusals": {"encoded": []},
+        "one refusal": {"encoded": info["encoded"][:1]},
+        "text in place of ids": {"encoded": [["No", "!"]] * 4},
+        "negative ids": {"encoded": [([-1], row) for _, row in info["encoded"]]},
+        "no shape": {"shape": "small"},
+    }
+    others = {
+        "a token too few": {"0.before": first[1:]},
+        "a channel too few": {"0.before": first[:, 1:].contiguous()},
+        "a row": {"0.before": first[0]},
+        "infinity": {"0.before": first / 0},
+        "something else": {"before.0": first},
+        "more modules": {"99.before": first},
+        "a flat mask": {"mask.mlp": tensors["mask.mlp"][0]},
+        "a mask of numbers": {"mask.mlp": tensors["mask.mlp"].int()},
+        "an empty mask": {"mask.mlp": tensors["mask.mlp"] & False},
+        "a mask of three layers": {"mask.mlp": torch.ones(3, 32, dtype=torch.bool)},
+    }
+    lacking = {"no mask": "mask.mlp", "no reference": "0.before", "no spread": "0.spread"}
+    some = {
+        how: ({k: t for k, t in tensors.items() if k != name}, info)
+        for how, name in lacking.items()
+    }
+    some |= {how: (tensors, info | more) for how, more in facts.items()}
+    return some | {how: (tensors | more, info) for how, more in others.items()}
+
+
+def test_an_anchor_that_does_not_fit_together_is_refused(things):
+    files = things["anchor on units"].to_files()
+    Anchor.from_files(*files, "the anchor")
+    for how, (tensors, info) in changed(*files).items():
+        with pytest.raises(SsahError) as error:
+            Anchor.from_files(tensors, info, "the anchor")
+            pytest.fail(f"read with {how}")
+        one_line(error)
+
+
 def test_what_is_no_place():
     for name in (None, 3, b"a/b"):
         with pytest.raises(SsahError, match="is neither a folder nor the name of a repository"):

@@ -9,6 +9,7 @@ __all__ = ['ADAPTING', 'with_adapter', 'adapter_parts', 'linears_to_split', 'pro
 import torch
 from collections.abc import Iterable
 from threading import Lock
+from typing import Any
 from transformers import PreTrainedModel
 from .experts import fused_weight, is_fused, whole_experts
 from .limits import check_seed
@@ -35,7 +36,8 @@ def with_adapter(
     config = LoraConfig(**usual | {"task_type": TaskType.CAUSAL_LM} | options)
     with ADAPTING, torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        adapted: Any = get_peft_model(model, config)
+        return adapted
 
 
 # %% ../../nbs/engine/adapters.ipynb #adapters-014

@@ -22,7 +22,8 @@ __all__ = [
 
 # %% ../../nbs/engine/agreement.ipynb #agreement-002
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -96,8 +97,8 @@ def kappas(labels: np.ndarray, verdicts: np.ndarray) -> np.ndarray:  # booleans 
 
 
 def kappa(
-    labels: list[bool],  # what people say: is it a refusal?
-    verdicts: list[bool],  # what the judge says
+    labels: Sequence[bool] | np.ndarray,  # what people say: is it a refusal?
+    verdicts: Sequence[bool] | np.ndarray,  # what the judge says
     seed: int = 0,  # of the bootstrap
     draws: int = 2000,  # resamples
 ) -> Estimate:
@@ -123,7 +124,7 @@ def rules_and_topic(prompts: list[str], responses: list[str]) -> list[bool]:
     return [ok and not off_topic(prompt, response) for ok, prompt, response in pairs]
 
 
-MEASURED = {**{name: name for name in JUDGES}, "rules + topic": rules_and_topic}
+MEASURED: dict[str, Judge] = {**{name: name for name in JUDGES}, "rules + topic": rules_and_topic}
 
 
 def best_by_text(rows: pd.DataFrame) -> np.ndarray:
@@ -141,7 +142,7 @@ def judge_row(labels: np.ndarray, verdicts: np.ndarray) -> dict[str, float]:  # 
     }
     row = counts | kappa(labels, verdicts).columns("kappa")
     for name, n in (("missed", labels.sum()), ("invented", (~labels).sum())):
-        rate = wilson(counts[name], int(n)) if n else Estimate(*[float("nan")] * 3, 0)
+        rate = wilson(counts[name], int(n)) if n else Estimate(math.nan, math.nan, math.nan, 0)
         row |= rate.columns(f"{name}_rate")
     return row
 

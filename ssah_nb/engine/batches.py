@@ -18,12 +18,12 @@ __all__ = [
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .forward import own_forward, reset_rotaries, sharing
 from .run import SsahError
@@ -116,7 +116,7 @@ def run_blocks(
     model: PreTrainedModel,  # a causal language model, PEFT-wrapped or not
     batch: TokenBatch,  # right-padded pairs
     **options,  # of the model's forward, e.g. output_hidden_states
-) -> ModelOutput:
+) -> Any:  # a `ModelOutput` of the model's own class
     "A pass without logits. The states of virtual tokens, if there are any, come first."
     if hasattr(model, "get_base_model"):  # an adapter may act outside the blocks
         place = torch.zeros_like(batch.response_mask)

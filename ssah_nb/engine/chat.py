@@ -188,12 +188,12 @@ def spoken_answers(
     generated: list[list[int]],  # token ids of each response
 ) -> list[str]:
     "The responses without their thoughts. Raises `SsahError` for one that ends in its thought."
-    chat, answers, unfinished = chat_of(tokenizer), [], 0
+    chat, answers, unfinished = chat_of(tokenizer), list[str](), 0
     for ids in generated:
-        text = tokenizer.decode(ids)
+        text = str(tokenizer.decode(ids))
         thinks = (chat.thinking and chat.closing) or text.lstrip().startswith(OPEN)
         if not thinks:
-            answers.append(tokenizer.decode(ids, skip_special_tokens=True))
+            answers.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
             continue
         _, closed, answer = text.rpartition(CLOSE)
         unfinished += not closed

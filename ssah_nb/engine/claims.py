@@ -130,7 +130,7 @@ def anchoring_rows(
             for _, b in ways[other].iterrows()
             if a.order == b.order or other == "aligned"
         ]
-        row = {}
+        row: dict[str, float] = {}
         for column in ("attack_success", "over_refusal") if pairs else ():
             ends = max(rate_difference(a, b, column) for a, b in pairs)
             row |= dict(zip((column, f"{column}_low", f"{column}_high"), ends))
@@ -194,7 +194,8 @@ def measure(
     n = int(one["zero_shot_n" if column == "zero_shot_mean" else f"{column}_n"])
     if claim["minus"]:
         return rate_difference(one, table.loc[claim["minus"]], column), n
-    return tuple(float(one[name]) for name in (column, f"{column}_low", f"{column}_high")), n
+    value, low, high = (float(one[f"{column}{end}"]) for end in ("", "_low", "_high"))
+    return (value, low, high), n
 
 
 def unit_of(claim: dict) -> str:  # a row of `read_claims`

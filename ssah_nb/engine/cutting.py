@@ -193,7 +193,7 @@ def whole_model(
     if not hasattr(config, note):
         raise SsahError(f"{folder} holds no pruned model; load it with load_model")
     try:
-        check_claims(config, MOST_CUT * held + 10_000_000, folder)
+        check_claims(config, MOST_CUT * held + 1_000_000, folder)
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except SsahError:
         raise

@@ -28,6 +28,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -318,7 +319,7 @@ def safety_report(
     coherent = coherence(dense, tokenizer, prompts, responses, max_perplexity).coherent
     row = rates_of(judge, prompts, responses, coherent, window)
     keywords = DEFAULT_JUDGE if callable(judge) else judge
-    said = dict(responses=benign_responses, window=window)
+    said: dict[str, Any] = dict(responses=benign_responses, window=window)
     row |= over_refusal(model, tokenizer, benign, keywords, **said).columns("over_refusal")
     row |= refusal_margin(model, tokenizer, prompts, system).columns("refusal_margin")
     row |= perplexity(model, tokenizer, benign, system, max_response).columns("perplexity")

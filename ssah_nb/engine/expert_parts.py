@@ -78,7 +78,7 @@ class SplitExperts(nn.Module):
             experts, {n: getattr(experts, n).to("meta") for n in FUSED}
         )
         self.flags = {name: getattr(experts, name).requires_grad for name in FUSED}
-        self.masks, self.replaced = {}, False
+        self.masks, self.replaced = dict[str, torch.Tensor](), False
         for dim, name in enumerate(FUSED):
             self.keep_parts(name, dim, getattr(experts, name).detach(), frozen[name])
         self.train(experts.training)
@@ -129,7 +129,9 @@ class SplitExperts(nn.Module):
 
     def merged(self) -> nn.Module:
         "The original module, with what was trained."
-        weights = {n: nn.Parameter(self.original(n), flag) for n, flag in self.flags.items()}
+        weights: dict[str, torch.Tensor] = {
+            n: nn.Parameter(self.original(n), flag) for n, flag in self.flags.items()
+        }
         return with_weights(self.shell, weights).train(self.training)
 
     def extra_repr(self) -> str:

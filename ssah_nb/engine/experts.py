@@ -106,9 +106,10 @@ def check_experts(experts: nn.Module, owner: str):  # owner: what the error call
 
 def expert_units(layer: nn.Module, at: str, owner: str) -> dict:  # at: its name in the model
     "Where a block's experts have their units, as `DepthTwo` names it; {} without. Or `SsahError`."
-    if block_experts(layer) is None:
+    found = block_experts(layer)
+    if found is None:
         return {}
-    name, experts = block_experts(layer)
+    name, experts = found
     check_experts(experts, owner)
     count, _, channels = fused_shapes(shell_of(experts))[1]
     b, a = (f"{at}.{name}.{fused}" for fused in reversed(FUSED))
@@ -197,7 +198,7 @@ def experts_seen(
     before = {key: config._experts_implementation for key, config in configs.items()}
     try:
         for name, shell in shells.items():
-            shell.ssah_see = partial(see, name)
+            vars(shell)["ssah_see"] = partial(see, name)
             shell.config._experts_implementation = "ssah_seen"
         yield
     finally:

@@ -47,10 +47,10 @@ LOOK = {
 
 def set_style():
     "Fonts, sizes and colours of every figure of this project."
-    import matplotlib
     import seaborn as sns
+    from matplotlib.rcsetup import cycler
 
-    look = LOOK | {"axes.prop_cycle": matplotlib.cycler(color=CYCLE)}
+    look = LOOK | {"axes.prop_cycle": cycler(color=CYCLE)}
     sns.set_theme(style="whitegrid", context="paper", font_scale=1.1, rc=look)
 
 

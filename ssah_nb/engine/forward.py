@@ -23,11 +23,11 @@ import inspect
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .run import SsahError
 
@@ -181,7 +181,7 @@ def own_forward(
     attention_mask: torch.Tensor,  # int64 [rows, tokens], 1 for a token
     places: torch.Tensor,  # bool [rows, tokens]: where logits are wanted; not all may be
     **options,  # of the model's forward, e.g. output_hidden_states
-) -> ModelOutput:
+) -> Any:  # a `ModelOutput` of the model's own class
     "What the model returns, with `logits` [places, vocabulary] row by row."
     check_causal(model)
     virtual_tokens(model)  # refuses an adapter that cannot be run

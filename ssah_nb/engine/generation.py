@@ -133,7 +133,7 @@ def greedy_tokens(
     Raises `SsahError` as `check_prompts`, and for logits that are NaN or infinite."""
     check_prompts(model, encoded, max_new_tokens)
     check_in_memory(model)
-    responses = [[] for _ in encoded]
+    responses: list[list[int]] = [[] for _ in encoded]
     batches = prompt_batches(model, encoded, max_new_tokens, batch_size)
     with evaluating(model), greedy_settings(model, stop, max_new_tokens):
         for rows in progress(batches, "generating"):
@@ -179,5 +179,5 @@ def generate(
     encoded = begun(tokenizer, prompts, system, prefill)
     tokens = greedy_tokens(model, encoded, stop_ids(model, tokenizer), max_new_tokens, batch_size)
     if prefill:
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens]
     return spoken_answers(tokenizer, tokens)

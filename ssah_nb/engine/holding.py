@@ -26,6 +26,7 @@ __all__ = [
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +159,7 @@ def leading_directions(
 
 def same_input(modules: dict[str, list]) -> dict[str, list[str]]:
     "{a linear: all linears that have its input}, of depth-2 modules."
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for m in (m for layers in modules.values() for m in layers):
         names = list(dict.fromkeys(name for name, _ in m.a + m.shared))
         groups |= {names[0]: names, m.b: [m.b]}
@@ -167,7 +168,8 @@ def same_input(modules: dict[str, list]) -> dict[str, list[str]]:
 
 def in_portions(model: nn.Module, names: list[str]) -> Iterator[list[str]]:
     "The names in portions whose matrices XᵀX fit into `ROOM`, one name at least."
-    portion, taken = [], 0
+    portion: list[str] = []
+    taken = 0
     for name in names:
         size = 4 * model.get_submodule(name).in_features ** 2
         if portion and taken + size > ROOM:
@@ -184,7 +186,7 @@ def input_squares(
 ) -> dict[str, torch.Tensor]:
     "XᵀX of each linear over the tokens of the prompts, float32."
     every = {n: torch.arange(model.get_submodule(n).in_features) for n in names}
-    squares = dict.fromkeys(names, 0)
+    squares: dict[str, Any] = dict.fromkeys(names, 0)
     for batch in batches:
         asked = batch.attention_mask.bool() & ~batch.response_mask
         batch = dataclasses.replace(batch, response_mask=asked)
@@ -276,7 +278,7 @@ class SafetyTrigger:
             if slope is not None
         ]
         with torch.no_grad():
-            along = sum(((master - start) * slope).sum() for master, start, slope in found)
+            along: Any = sum(((master - start) * slope).sum() for master, start, slope in found)
             share = along.clamp_min(0) / sum(slope.square().sum() for *_, slope in found)
             for master, _, slope in found:
                 master.sub_(share * slope)
@@ -301,7 +303,7 @@ def gradient_copy(
 
 
 def unit_means(
-    model: nn.Module,  # any supported model
+    model: PreTrainedModel,  # any supported model
     module,  # one of its depth-2 modules
     change: Callable,  # an in-place operation, e.g. torch.Tensor.abs_
 ) -> torch.Tensor:

@@ -165,7 +165,8 @@ def missing_from(name: str | Path, folder: Path, kept_as: str, called: str) -> s
 def check_kind(info: dict, called: str, where: str):  # info: loses what is checked
     "Raise `SsahError` for another kind of thing, or one of a later format."
     kind, form = info.pop("kind", called), info.pop("format", FORMAT)
-    for fact, types in {"base": dict, "calibration": (list, dict), "versions": dict}.items():
+    kinds: dict[str, Any] = {"base": dict, "calibration": (list, dict), "versions": dict}
+    for fact, types in kinds.items():
         if fact in info and not isinstance(info[fact], types):
             raise SsahError(f"{where} has a {fact} that is none; it was changed, write it again")
     if kind != called:
@@ -208,7 +209,8 @@ class Shared:
         "Write safetensors, JSON and a model card: all of them, or none."
         tensors, info = self.to_files()
         info = {"kind": self.called, "format": FORMAT} | info
-        beside, folder = {}, Path(folder)
+        beside: dict[str, bytes] = {}
+        folder = Path(folder)
         if may_write_card(folder / "README.md"):
             text, beside = self.shown()
             card = card_of(self.called, self.kept_as, info, text, self.hidden)
@@ -253,7 +255,9 @@ class Shared:
                 api.create_repo(name, private=private, exist_ok=True)
                 if revision:
                     api.create_branch(name, branch=revision, exist_ok=True)
-                where = dict(folder_path=folder, revision=revision, commit_message=words)
+                where: dict[str, Any] = dict(
+                    folder_path=folder, revision=revision, commit_message=words
+                )
                 return api.upload_folder(repo_id=name, **where).commit_url
             except Exception as e:  # the client raises whatever its connection raises
                 raise SsahError(

@@ -33,8 +33,9 @@ __all__ = [
 # %% ../../nbs/engine/inputs.ipynb #inputs-003
 import io
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -208,7 +209,7 @@ def parts_of(row, where: str, needed: Iterable[str]) -> Mapping:  # needed: "pro
 
 
 # %% ../../nbs/engine/inputs.ipynb #inputs-016
-def at_least_one(rows: list, what: str, at_least: int):
+def at_least_one(rows: Sized, what: str, at_least: int):
     "Raise `SsahError` when there are fewer rows than needed."
     if len(rows) < at_least:
         raise SsahError(f"no {what} given; pass at least one")
@@ -271,7 +272,7 @@ def as_texts(
 ) -> list[str]:
     "The paragraphs as strings, maybe empty ones. Raises `SsahError` naming what is no text."
     rows = [texts] if isinstance(texts, str) else as_rows(texts, "texts")
-    found = [row.get("text") if isinstance(row, Mapping) else row for row in rows]
+    found: list[Any] = [row.get("text") if isinstance(row, Mapping) else row for row in rows]
     for i, text in enumerate(found):
         as_text("" if isinstance(text, str) else text, f"row {i}", "text", isinstance(text, str))
     return found

@@ -60,8 +60,10 @@ def wilson(
 
 # %% ../../nbs/engine/intervals.ipynb #intervals-006
 def bootstrap_mean(
-    totals: Sequence[float],  # [items], each item's sum
-    counts: Sequence[float] | None = None,  # [items], what each sum is over; None: 1 each
+    totals: Sequence[float] | np.ndarray,  # [items], each item's sum
+    counts: Sequence[float]
+    | np.ndarray
+    | None = None,  # [items], what each sum is over; None: 1 each
     seed: int = 0,  # of the resampling
     draws: int = 2000,  # resamples
 ) -> Estimate:

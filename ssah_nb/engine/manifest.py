@@ -82,7 +82,7 @@ def differences(
     manifest: dict,  # its MANIFEST.json
 ) -> dict[str, list[str]]:  # "missing", "changed" and "extra" -> names of files
     "How the files of a folder differ from its manifest; three empty lists: they do not."
-    listed = {}
+    listed: dict[str, str] = {}
     for part in manifest["chapters"].values():
         listed |= part["files"]
     here = {p.name for p in folder.iterdir()} - {"MANIFEST.json"}

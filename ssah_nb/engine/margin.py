@@ -129,8 +129,8 @@ def both_openings(
     for a, b in ((a, b) for a in no for b in yes):
         if begins_with(a, b) or begins_with(b, a):
             raise SsahError(
-                f"the refusal {tokenizer.decode(a)!r} and the compliance {tokenizer.decode(b)!r} "
-                "begin with the same tokens; drop one of them"
+                f"the refusal {tokenizer.decode([*a])!r} and the compliance "
+                f"{tokenizer.decode([*b])!r} begin with the same tokens; drop one of them"
             )
     return no, yes
 

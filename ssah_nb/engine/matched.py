@@ -14,6 +14,7 @@ __all__ = [
 
 # %% ../../nbs/engine/matched.ipynb #matched-002
 import math
+import numpy as np
 import torch
 from collections.abc import Iterable, Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,7 +113,9 @@ def finetune_until(
         if target is None or now <= target:
             break
     reached = target is None or now <= target
-    if before and reached and last * now < target**2:  # what was before the part is nearer
+    if (
+        before and target and reached and last * now < target**2
+    ):  # what was before the part is nearer
         i, now = i - 1, last
         copy_into(trained, before)
     return {
@@ -126,8 +129,8 @@ def finetune_until(
 
 # %% ../../nbs/engine/matched.ipynb #matched-015
 def mcnemar(
-    a: Sequence[bool],  # one outcome a prompt
-    b: Sequence[bool],  # outcomes of the same prompts
+    a: Sequence[bool] | np.ndarray,  # one outcome a prompt
+    b: Sequence[bool] | np.ndarray,  # outcomes of the same prompts
 ) -> tuple[int, int, float]:
     "How many are true in `a` alone, and in `b` alone; the exact two-sided p. Raises `SsahError`."
     if len(a) != len(b):

@@ -37,13 +37,12 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from .files import SsahError
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
 
 # %% ../../nbs/engine/opening.ipynb #opening-005
@@ -252,8 +251,10 @@ MOST_HEADER = 8 << 20  # bytes
 def read_tensors(
     path: str | Path,  # a .safetensors file
     most: int = MOST["tensors"],  # bytes
-) -> dict[str, torch.Tensor]:
+) -> "dict[str, torch.Tensor]":
     "The tensors of a file, by name. Raises `SsahError` naming the file."
+    from safetensors.torch import load_file  # here, so that a script can read settings at once
+
     with open_plain(path, most) as file:
         length = int.from_bytes(file.read(8), "little")
     try:

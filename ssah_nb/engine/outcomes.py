@@ -44,7 +44,7 @@ def prompt_outcomes(
 # %% ../../nbs/engine/outcomes.ipynb #outcomes-007
 def outcome_columns(found: dict[str, list]) -> dict[str, float]:  # from `prompt_outcomes`
     "attack_success, over_refusal and refusal_margin, each with _low, _high and _n."
-    row = {}
+    row: dict[str, float] = {}
     for kind, column in (("succeeded", "attack_success"), ("over_refused", "over_refusal")):
         row |= wilson(sum(found[kind]), len(found[kind])).columns(column)
     return row | bootstrap_mean(found["margin"]).columns("refusal_margin")

@@ -35,8 +35,8 @@ from .run import SsahError
 
 # %% ../../nbs/engine/paired.ipynb #paired-004
 def differences(
-    before: Sequence,  # [prompts] or [orders, prompts]: booleans or numbers
-    after: Sequence,  # the same prompts, after training
+    before: Sequence | np.ndarray,  # [prompts] or [orders, prompts]: booleans or numbers
+    after: Sequence | np.ndarray,  # the same prompts, after training
 ) -> np.ndarray:
     "after − before, float64 [orders, prompts]. Raises `SsahError` for what does not pair up."
     first, then = (np.atleast_2d(np.asarray(rows, float)) for rows in (before, after))
@@ -56,7 +56,7 @@ def differences(
 
 
 # %% ../../nbs/engine/paired.ipynb #paired-007
-def weights_of(d: np.ndarray, weights: Sequence[float] | None) -> np.ndarray:
+def weights_of(d: np.ndarray, weights: Sequence[float] | np.ndarray | None) -> np.ndarray:
     "The weights as float64 [prompts]. Raises `SsahError` unless each is above 0."
     w = np.ones(d.shape[1]) if weights is None else np.asarray(weights, float)
     if w.shape != d.shape[1:] or not (w > 0).all():
@@ -114,9 +114,9 @@ def resampled(
 
 # %% ../../nbs/engine/paired.ipynb #paired-011
 def paired_difference(
-    before: Sequence,  # [prompts] or [orders, prompts]: booleans or numbers
-    after: Sequence,  # the same prompts, after training
-    weights: Sequence[float] | None = None,  # [prompts], e.g. tokens of each sum; None: 1 each
+    before: Sequence | np.ndarray,  # [prompts] or [orders, prompts]: booleans or numbers
+    after: Sequence | np.ndarray,  # the same prompts, after training
+    weights: Sequence[float] | np.ndarray | None = None,  # [prompts], e.g. tokens; None: 1 each
     seed: int = 0,  # of the resampling
     draws: int = 4000,  # resamples
 ) -> Estimate:
@@ -137,7 +137,7 @@ def paired_difference(
 
 # %% ../../nbs/engine/paired.ipynb #paired-015
 def paired_mean(
-    outcomes: Sequence,  # [prompts] or [orders, prompts]: booleans or numbers
+    outcomes: Sequence | np.ndarray,  # [prompts] or [orders, prompts]: booleans or numbers
     seed: int = 0,  # of the resampling
 ) -> Estimate:
     "The mean over prompts and orders, with the interval of `paired_difference`."
@@ -149,8 +149,8 @@ def paired_mean(
 
 # %% ../../nbs/engine/paired.ipynb #paired-018
 def clustered_p(
-    before: Sequence,  # [prompts] or [orders, prompts]: booleans or numbers
-    after: Sequence,  # the same prompts, after training
+    before: Sequence | np.ndarray,  # [prompts] or [orders, prompts]: booleans or numbers
+    after: Sequence | np.ndarray,  # the same prompts, after training
 ) -> float:
     "Two-sided p of no difference, the orders as clusters. Raises `SsahError` as `differences`."
     d = differences(before, after)

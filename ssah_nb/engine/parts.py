@@ -35,6 +35,7 @@ from .run import SsahError
 from .sharded import gathered, is_sharded, put, refuse_meta, refuse_sharded, sliced
 from .weights import check_unpacked
 from weakref import WeakValueDictionary
+from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -115,8 +116,8 @@ class LinearParts(AdjacentParts):
         return rows.index_select(0, self.order.to(tensor.device))
 
     @torch.no_grad()
-    def original(self, name: str) -> torch.Tensor | None:  # name: "weight" or "bias"
-        "The original's weight or bias, with what was trained: a copy."
+    def original(self, name: str) -> Any:  # name: "weight" or "bias"
+        "The original's weight or bias, with what was trained: a copy; None where it has none."
         if name not in self.flags:
             return None
         rows = whole(*self.parts(name))
@@ -204,7 +205,7 @@ class SplitLinear(LinearParts):
 # %% ../../nbs/engine/parts.ipynb #parts-022
 def plain_linear(model: nn.Module, name: str) -> nn.Linear:
     "The linear of this name. Raises `SsahError` when its weight cannot be changed in place."
-    linear = model.get_submodule(name)
+    linear: Any = model.get_submodule(name)
     if isinstance(linear, SplitLinear):
         raise SsahError(f"{name} is frozen in part; merge(model) first")
     if hasattr(linear, "base_layer"):
@@ -281,7 +282,8 @@ def split_all(
     for name, (rows, dim) in plan.items():
         if is_fused(name):
             continue
-        split = SplitLinear(model.get_submodule(name), rows, dim, permuted=name in permutable)
+        linear: Any = model.get_submodule(name)
+        split = SplitLinear(linear, rows, dim, permuted=name in permutable)
         if ".lora_" in name:
             split.frozen_weight.data.zero_()
         replace(model, name, split)
@@ -314,7 +316,7 @@ def mark(model: nn.Module, frozen: bool):  # model: changed in place
 
 def builds_adapter(parent: nn.Module, name: str, module: nn.Module) -> bool:
     "Whether PEFT is making this the submodule of that one, to build an adapter into a model."
-    further = vars(parent).get("ssah_frozen") == "adapters" and name not in parent
+    further = vars(parent).get("ssah_frozen") == "adapters" and name not in parent._modules
     return further or of_peft(parent) or of_peft(module)
 
 

@@ -14,6 +14,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/sharded.ipynb #sharded-003
+from typing import Any
+
 import torch
 from .run import SsahError
 from torch import nn
@@ -26,12 +28,12 @@ def is_sharded(tensor: torch.Tensor) -> bool:  # any tensor
     return hasattr(tensor, "full_tensor")
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:  # whole, or a slice; then all must call this
+def gathered(tensor: Any) -> torch.Tensor:  # whole, or a slice; then all must call this
     "The whole tensor."
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def sliced(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:  # like: a weight
+def sliced(whole: torch.Tensor, like: Any) -> torch.Tensor:  # like: a weight
     "The tensor, cut into slices if the weight is."
     if not is_sharded(like):
         return whole

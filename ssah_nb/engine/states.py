@@ -8,6 +8,7 @@ __all__ = ['check_values', 'FiniteLogits', 'finite_logits', 'check_in_memory']
 # %% ../../nbs/engine/states.ipynb #states-002
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from .run import SsahError
@@ -38,7 +39,9 @@ class FiniteLogits(LogitsProcessor):
     "Remembers which rows had scores that no token can be chosen from."
 
     def __init__(self, stop: list[int], prompt: int):  # tokens that end a row; length of the prompt
-        self.stop, self.prompt, self.broken, self.ended = stop, prompt, False, False
+        self.stop, self.prompt = stop, prompt
+        self.broken: Any = False
+        self.ended: Any = False
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if ids.shape[1] > self.prompt and self.stop:

@@ -31,6 +31,7 @@ import re
 from dataclasses import dataclass
 from datetime import date as calendar_date
 from hashlib import sha256
+from typing import Any
 
 import jinja2
 from jinja2 import meta
@@ -111,13 +112,14 @@ def render(
 ) -> list[str]:
     "The text of each conversation. Raises `SsahError` for what the template does not take."
     try:
-        return tokenizer.apply_chat_template(
+        texts: Any = tokenizer.apply_chat_template(
             talks,
             chat_template=chat.template,
             tokenize=False,
             add_generation_prompt=to_answer,
             **chat.variables,
         )
+        return texts
     except Exception as e:  # a template raises whatever its program stumbles on
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:120]}"
         raise SsahError(
@@ -207,7 +209,8 @@ def read_chat(
     elif date:
         raise SsahError("this chat template writes no date of its own; leave date out")
     variables, thinking = call_variables(own, wishes)
-    facts = {"own": own, "marks": marks, "wishes": wishes, "variables": variables, "date": date}
+    facts: dict[str, Any] = {"own": own, "marks": marks, "wishes": wishes, "date": date}
+    facts["variables"] = variables
     facts |= {"template": dated(own, date) if date else own, "thinking": thinking}
     chat = Chat(**facts)
     facts |= answer_place(tokenizer, chat) | {"own_system": keeps_system(tokenizer, chat)}

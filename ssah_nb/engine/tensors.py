@@ -24,6 +24,7 @@ import json
 import torch
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from safetensors.torch import save
 from .files import SsahError, write_together
 from .opening import is_there, read_json, read_tensors
@@ -65,7 +66,9 @@ def is_text(value) -> bool:  # anything
 
 
 SIZES = ("hidden_size", "layers", "channels", "heads", "head_dim", "group", "experts")
-FACTS = {  # name -> what it must be, wherever it stands; other facts may be anything
+FACTS: dict[
+    str, Any
+] = {  # name -> what it must be, wherever it stands; other facts may be anything
     "parameters": {"mlp": is_amount, "attention": is_amount},
     "total": is_amount,
     "model": {"model_type": is_text} | dict.fromkeys(SIZES, is_whole),

@@ -63,8 +63,9 @@ def gradients_to(
     "Inside, each gradient is added to its master's as soon as it is there, and freed."
 
     def hand_over(p: torch.nn.Parameter):
-        master = masters[p]
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        master, new = masters[p], p.grad
+        if new is not None:
+            master.grad = new.float() if master.grad is None else master.grad.add_(new)
         p.grad = None
 
     handles = [p.register_post_accumulate_grad_hook(hand_over) for p in masters]

@@ -25,6 +25,7 @@ __all__ = [
 # %% ../../nbs/engine/verdicts.ipynb #verdicts-002
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,8 @@ def in_common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
     "The cases of both whose order the other has, too."
     orders = [{k["case"]["order"] for k in cases} for cases in (first, second)]
     both = orders[0] & orders[1]
-    return tuple([k for k in cases if k["case"]["order"] in both] for cases in (first, second))
+    first, second = ([k for k in cases if k["case"]["order"] in both] for cases in (first, second))
+    return first, second
 
 
 def stacked(
@@ -88,7 +90,7 @@ CHANGES = {  # column -> outcome, against the aligned model
 
 def mean_columns(cases: Cases) -> dict[str, float]:
     "Each of `MEANS` with its interval."
-    row = {}
+    row: dict[str, float] = {}
     for column, outcome in MEANS.items():
         if len(cases[0]["outcomes"].get(outcome, [])):
             row |= paired_mean(stacked(cases, outcome)).columns(column)
@@ -97,7 +99,7 @@ def mean_columns(cases: Cases) -> dict[str, float]:
 
 def change_columns(start: dict, cases: Cases) -> dict[str, float]:  # start: the aligned case
     "Each of `CHANGES` with its interval."
-    row = {}
+    row: dict[str, float] = {}
     for column, outcome in CHANGES.items():
         if len(cases[0]["outcomes"].get(outcome, [])):
             before = np.asarray(start["outcomes"][outcome])
@@ -108,7 +110,8 @@ def change_columns(start: dict, cases: Cases) -> dict[str, float]:  # start: the
 # %% ../../nbs/engine/verdicts.ipynb #verdicts-008
 def loss_columns(full: Cases, cases: Cases) -> dict[str, float]:
     "Both perplexities, and how many times full fine-tuning's they are in the same orders."
-    row, (same, ours) = {}, in_common(full, cases)
+    row: dict[str, float] = {}
+    same, ours = in_common(full, cases)
     for name, column in (("training", "training_perplexity"), ("benign", "perplexity")):
         losses = stacked(cases, f"{name}_losses")
         sums, tokens = losses[..., 0], losses[0, :, 1]
@@ -118,7 +121,7 @@ def loss_columns(full: Cases, cases: Cases) -> dict[str, float]:
             theirs, mine = (stacked(c, f"{name}_losses")[..., 0] for c in (same, ours))
             row |= exp_of(paired_difference(theirs, mine, tokens)).columns(ratio)
         else:
-            row |= Estimate(*[math.nan] * 3, 0).columns(ratio)
+            row |= Estimate(math.nan, math.nan, math.nan, 0).columns(ratio)
     return row
 
 
@@ -127,7 +130,7 @@ def against(other: Cases, cases: Cases, name: str) -> dict[str, float]:
     "The paired difference of attack success from another way's, in the orders of both."
     same, ours = in_common(other, cases)
     if not same or same[0]["case"]["way"] == ours[0]["case"]["way"]:
-        return Estimate(*[math.nan] * 3, 0).columns(name)
+        return Estimate(math.nan, math.nan, math.nan, 0).columns(name)
     theirs, mine = stacked(same, "harmful"), stacked(ours, "harmful")
     return paired_difference(theirs, mine).columns(name)
 
@@ -146,7 +149,7 @@ def tests_against(full: Cases, cases: Cases) -> dict[str, float]:
 def done_columns(cases: Cases) -> dict[str, float]:
     "What training took: passes, seconds, memory in MB; and whether the loss was reached."
     done = pd.DataFrame([k["done"] for k in cases])
-    row = {"orders": len(cases), "reached": bool(done.reached.all())}
+    row: dict[str, float] = {"orders": len(cases), "reached": bool(done.reached.all())}
     row |= {name: float(done[name].mean()) for name in ("epochs", "seconds")}
     reference = done.reference_mb if "reference_mb" in done else 0.0
     return row | {"memory_mb": float((done.optimizer_mb + reference).mean())}
@@ -162,7 +165,8 @@ def way_row(
     "The row of one way under one condition."
     cases, full = cases_of(kept, way, condition), cases_of(kept, "full", condition)
     worst = max((wilson(int(o.sum()), len(o)) for o in stacked(cases, "harmful")), key=float)
-    row = {"condition": condition, "way": way} | done_columns(cases) | mean_columns(cases)
+    row: dict[str, Any] = {"condition": condition, "way": way}
+    row |= done_columns(cases) | mean_columns(cases)
     row |= worst.columns("worst_order") | change_columns(start, cases)
     row |= loss_columns(full, cases) | tests_against(full, cases)
     row |= against(full, cases, "against_full")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from .batches import TokenBatch, evaluation_mode, response_losses, run_blocks
 from .forward import embedded_tokens
 from .experts import experts_seen, is_fused
@@ -25,12 +26,13 @@ from transformers import PreTrainedModel
 @contextmanager
 def watching(
     model: PreTrainedModel,  # any model
-    moments: dict[str, Moments],  # name of a linear -> what its input is added to, or of experts
+    moments: dict[str, Any],  # name of a linear -> what its input is added to, or of experts
     signal: Callable,  # (X) -> what is averaged; with `gradient` (X, ∂L/∂X)
     gradient: bool = False,  # whether the signal needs the gradient
 ) -> Iterator[list]:
     "Hooks while open. The yielded list's item says which tokens count, as in `pieces`."
-    rows, handles = [None], []
+    rows: list[Any] = [None]
+    handles: list[Any] = []
 
     def take(m: Moments, x: torch.Tensor, which: torch.Tensor | None):
         seen = x.detach()
@@ -87,7 +89,7 @@ def run_batch(model: PreTrainedModel, batch: TokenBatch, gradient: bool):
         run_blocks(model, batch)
 
 
-def in_order(m: Moments, model: nn.Module, name: str) -> Moments:  # name: of what it belongs to
+def in_order(m: Any, model: nn.Module, name: str) -> Moments:  # name: of what it belongs to
     "On the CPU, in the model's own order: a frozen model may keep a linear's channels in another."
     if isinstance(m, RoutedMoments):
         return m.joined()
@@ -108,7 +110,9 @@ def watched_moments(
     tokens: str = "response",  # "response", or "all" but padding
 ) -> dict[str, Moments]:
     "The moments of each linear's input over the tokens that count."
-    moments = {n: RoutedMoments(model, n) if is_fused(n) else Moments() for n in names}
+    moments: dict[str, Any] = {
+        n: RoutedMoments(model, n) if is_fused(n) else Moments() for n in names
+    }
     several = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     with watching(model, moments, signal, gradient) as rows:
@@ -120,6 +124,6 @@ def watched_moments(
     moments = {name: in_order(m, model, name) for name, m in moments.items()}
     if world == 1:
         return moments
-    shares = [None] * world
+    shares: list[Any] = [None] * world
     dist.all_gather_object(shares, moments)
     return {name: sum((share[name] for share in shares), Moments()) for name in names}

@@ -71,7 +71,7 @@ class Ways(MutableMapping[str, Way]):
     "Ways by name. Before they are first read, a chapter is imported that adds its own."
 
     def __init__(self, chapter: str):  # a module; the modules that it imports may add ways, too
-        self.chapter, self.known = chapter, {}
+        self.chapter, self.known = chapter, dict[str, Way]()
 
     def all(self) -> dict[str, Way]:  # in the order in which they were added
         "Every way there is."
@@ -130,8 +130,8 @@ class Case:
     utility: Any = None  # `Importance` that they come from
     top_cu: float = 0.06  # share of all units, for "scu_top_cu" and its control
     seed: int = 0  # of all that is random
-    model: PreTrainedModel | None = None  # the aligned model, before training
-    tokenizer: PreTrainedTokenizerBase | None = None  # its tokenizer
+    model: Any = None  # `PreTrainedModel`: the aligned model, before training
+    tokenizer: Any = None  # `PreTrainedTokenizerBase`: its tokenizer
     modules: dict[str, list] = field(default_factory=dict)  # its depth-2 modules, by kind
     pairs: list[dict] = field(default_factory=list)  # what it will be trained on
     refusals: list[dict] | None = None  # calibration refusals, {"prompt", "response"}

@@ -6,6 +6,8 @@
 __all__ = ['FLOATS', 'beside_weight', 'is_unpacked', 'check_unpacked']
 
 # %% ../../nbs/engine/weights.ipynb #weights-002
+from typing import Any
+
 import torch
 from .live import LiveTensor
 from .run import SsahError
@@ -25,7 +27,7 @@ def beside_weight(linear: nn.Module) -> list[str]:  # any module
 
 def is_unpacked(linear: nn.Module) -> bool:  # any module
     "Whether it is a plain linear whose weight needs no unpacking."
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     ordinary = type(weight) in (torch.Tensor, nn.Parameter) or isinstance(weight, LiveTensor)
     plain = type(linear) is nn.Linear and ordinary and weight.dtype in FLOATS
     return plain and not beside_weight(linear)

@@ -18,6 +18,7 @@ __all__ = [
 
 # %% ../../../nbs/engine/drawings/anchoring.ipynb #drawings-anchoring-002
 from collections.abc import Iterable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -84,7 +85,12 @@ def draw_drift(
         y = [ways.index(way) + 0.13 * (i - 2) for way in rows.label]
         whiskers = [rows.drift - rows.drift_low, rows.drift_high - rows.drift]
         colour = COLOURS.get(name, "black")
-        style = {"color": colour, "marker": MARKS[name], "markersize": 5, "linestyle": "none"}
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": MARKS[name],
+            "markersize": 5,
+            "linestyle": "none",
+        }
         ax.errorbar(rows.drift, y, xerr=whiskers, label=name, capsize=2, **style)
     ax.set_yticks(range(len(ways)), ways)
     ax.set(xscale="log", xlabel="mean squared deviation from before (in spreads)")
@@ -122,7 +128,11 @@ def draw_attacks(
     ].itertuples(index=False):
         place = orders.index(order)
         y = names.index(name) + 0.2 * (place - (len(orders) - 1) / 2)
-        style = {"color": colour_of(name), "marker": ORDER_MARKS[place % 5], "markersize": 5}
+        style: dict[str, Any] = {
+            "color": colour_of(name),
+            "marker": ORDER_MARKS[place % 5],
+            "markersize": 5,
+        }
         whiskers = [[100 * (rate - low)], [100 * (high - rate)]]
         ax.errorbar(100 * rate, y, xerr=whiskers, capsize=3, **style)
     ax.axvline(100 * before.attack_success.iloc[0], color="0.4", linestyle=":")

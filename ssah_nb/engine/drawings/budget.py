@@ -6,6 +6,8 @@
 __all__ = ['KINDS', 'PANELS', 'budget_points', 'draw_line', 'draw_budget', 'draw_layers']
 
 # %% ../../../nbs/engine/drawings/budget.ipynb #drawings-budget-002
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -39,7 +41,8 @@ def draw_line(ax: plt.Axes, column: str, kind: str, objective: str, line: pd.Dat
     "One kind of trained units, aligned in one way."
     name, mark, colour = KINDS[kind]
     hollow = objective == "dpo"
-    style = {"color": colour, "markerfacecolor": "white" if hollow else colour, "markersize": 6}
+    face = "white" if hollow else colour
+    style: dict[str, Any] = {"color": colour, "markerfacecolor": face, "markersize": 6}
     style |= {"linestyle": "--" if hollow else "-", "linewidth": 1.2, "marker": mark}
     label = f"{name}, DPO" if hollow else name
     x, y = 100 * line.trained_parameters, 100 * line[column]
@@ -75,7 +78,7 @@ def draw_layers(mlp: list[float], attention: list[float]) -> plt.Figure:
     "The share of each layer's channels and heads that is trained."
     fig, ax = plt.subplots(figsize=(7.5, 2.6))
     layers = range(len(mlp))
-    style = {"width": 0.4, "edgecolor": "white"}
+    style: dict[str, Any] = {"width": 0.4, "edgecolor": "white"}
     ax.bar([x - 0.2 for x in layers], [100 * s for s in mlp], color=COLOURS["RU"], **style)
     ax.bar([x + 0.2 for x in layers], [100 * s for s in attention], color="0.25", **style)
     ax.set(xlabel="layer", ylabel="trained units (%)", xlim=(-0.8, len(mlp) - 0.2))

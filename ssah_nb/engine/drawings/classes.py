@@ -19,6 +19,7 @@ __all__ = [
 # %% ../../../nbs/engine/drawings/classes.ipynb #drawings-classes-002
 import matplotlib.pyplot as plt
 import os
+from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
@@ -40,7 +41,8 @@ def draw_plane(
     fig, ax = plt.subplots(figsize=(5.6, 4.2))
     for name in (n for n in ORDER if n in set(table["class"])):
         own = table[table["class"] == name]
-        look = {"color": COLOURS[name], "marker": MARKERS[name], "edgecolor": "none"}
+        look: dict[str, Any] = {"color": COLOURS[name], "marker": MARKERS[name]}
+        look |= {"edgecolor": "none"}
         ax.scatter(own.utility, own.safety, s=14, alpha=0.6, label=f"{name} ({len(own):,})", **look)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_yscale("symlog", linthresh=1)
@@ -105,7 +107,7 @@ def shown_tokens(
     [(asked, said)] = encode_pairs(tokenizer, [pair], max_response=number)
     ids, user = asked + said, range(start, start + number)
     places = [*user, *range(len(asked) - 1, len(ids))]
-    return ids, places, [tokenizer.decode([ids[i]]).replace("\n", "↵") for i in places]
+    return ids, places, [str(tokenizer.decode([ids[i]])).replace("\n", "↵") for i in places]
 
 
 # %% ../../../nbs/engine/drawings/classes.ipynb #drawings-classes-009
@@ -149,7 +151,8 @@ def draw_pruning(
     }
     for column, (label, marker, fill, shift) in looks.items():
         middle, low, high = (100 * table[f"{column}{end}"] for end in ("", "_low", "_high"))
-        style = {"color": "black", "markerfacecolor": fill, "linestyle": "none", "capsize": 2}
+        style: dict[str, Any] = {"color": "black", "markerfacecolor": fill, "capsize": 2}
+        style |= {"linestyle": "none"}
         spread = [middle - low, high - middle]
         ax.errorbar(middle, rows + shift, xerr=spread, fmt=marker, ms=5, label=label, **style)
     ax.set_yticks(rows, table.pruned)

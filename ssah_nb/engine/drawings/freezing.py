@@ -6,6 +6,8 @@
 __all__ = ['LABELS', 'READ', 'NAMES', 'STYLES', 'label', 'frozen_curve', 'draw_frozen_share']
 
 # %% ../../../nbs/engine/drawings/freezing.ipynb #drawings-freezing-002
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -76,7 +78,7 @@ def frozen_curve(
 
 
 NAMES = {"SCU + top CU": "SCU + top CU frozen", "random": "random units frozen"}
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "SCU + top CU": {"marker": "o", "color": COLOURS["SCU"], "linestyle": "-"},
     "random": {"marker": "s", "color": "0.35", "linestyle": "none"},
 }
@@ -99,7 +101,7 @@ def draw_frozen_share(
         ax.axhline(100 * before, color="0.4", linestyle=":", label="before fine-tuning")
     ax.set(xlabel="frozen units (% of all units)", ylabel="attack success (%)", ylim=(-3, 103))
     ax.set_xlim(-4, 104)
-    above_axes = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+    above_axes: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
     ax.legend(**above_axes, columnspacing=1.2, frameon=False)
     fig.tight_layout()
     plt.close(fig)

@@ -17,6 +17,8 @@ __all__ = [
 ]
 
 # %% ../../../nbs/engine/drawings/probe.ipynb #drawings-probe-002
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
@@ -36,7 +38,7 @@ def finish_axes(fig: plt.Figure, axes: list[plt.Axes], columns: int) -> plt.Figu
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     fig.tight_layout()
     handles, labels = axes[0].get_legend_handles_labels()
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02)}
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02)}
     fig.legend(handles, labels, ncols=columns, frameon=False, **place)
     plt.close(fig)
     return fig
@@ -92,7 +94,7 @@ def draw_margins(
     for (name, kind), line in table.groupby([group, "queries"], sort=False):
         style, marker = QUERY_LINES[kind]
         colour = MODEL_COLOURS.get(name, CHANGE_COLOUR)
-        look = {"color": colour, "marker": marker, "markersize": 3}
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3}
         ax.plot(line["block"], line["margin"], style, label=f"{name}, {kind} queries", **look)
         edges = line["low"], line["high"]
         ax.fill_between(line["block"], *edges, color=look["color"], alpha=0.2, linewidth=0)
@@ -114,8 +116,8 @@ def draw_wordings(
     for i, (kind, own) in enumerate(table.groupby("queries", sort=False)):
         at = [wordings.index(w) + 0.2 * (i - 0.5) for w in own["wording"]]
         error = own["margin"] - own["low"], own["high"] - own["margin"]
-        look = {"color": CHANGE_COLOUR, "fmt": QUERY_LINES[kind][1], "capsize": 3}
-        look["mfc"] = CHANGE_COLOUR if i == 0 else "white"
+        look: dict[str, Any] = {"color": CHANGE_COLOUR, "fmt": QUERY_LINES[kind][1]}
+        look |= {"capsize": 3, "mfc": CHANGE_COLOUR if i == 0 else "white"}
         ax.errorbar(own["margin"], at, xerr=error, label=f"{kind} queries", **look)
     ax.axvline(0, color="0.3", linewidth=0.9)
     ax.set(yticks=range(len(wordings)), yticklabels=wordings, title=title)

@@ -16,6 +16,8 @@ __all__ = [
 ]
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-002
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -77,7 +79,8 @@ def draw_mark(ax: plt.Axes, row: pd.Series) -> None:
             [row.attack_success_high - row.attack_success],
         ]
     )
-    look = dict(color=colour, marker=mark, markersize=11 if mark == "*" else 6, zorder=3)
+    look: dict[str, Any] = {"color": colour, "marker": mark, "zorder": 3}
+    look["markersize"] = 11 if mark == "*" else 6
     ax.errorbar(x, y, yerr=up, xerr=across, elinewidth=0.8, alpha=0.9, **look)
 
 

@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-002
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -38,7 +40,11 @@ from ..claims import LEFT_OUT
 
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-004
 FULL_SCALE = {"points": 1.0, "share": 1.0, "perplexity": 25.0, "cosine": 0.16}
-TICKS = {"points": [10, 50, 100], "perplexity": [1, 10, 25], "cosine": [0.04, 0.16]}
+TICKS: dict[str, list[float]] = {
+    "points": [10, 50, 100],
+    "perplexity": [1, 10, 25],
+    "cosine": [0.04, 0.16],
+}
 
 
 def place(
@@ -134,9 +140,10 @@ FONT = 8.5
 COLUMNS = {"claim": -4.1, "measured": 1.12, "paper": 3.05}
 
 
-def rows_of(table: pd.DataFrame) -> list[tuple[float, str, object]]:
+def rows_of(table: pd.DataFrame) -> list[tuple[float, str, Any]]:
     "(height, experiment, claim) of each row, from the top down; a title has no claim."
-    rows, y = [], 0.0
+    rows: list[tuple[float, str, Any]] = []
+    y = 0.0
     for experiment, claims in table.groupby("experiment", sort=False):
         rows.append((y, experiment, None))
         for row in claims.itertuples():
@@ -199,7 +206,9 @@ def draw_heads(ax: plt.Axes, y: float) -> None:
     heads = {"claim": "claim", "measured": "this run (95 % interval)", "paper": "the paper"}
     for column, words in heads.items():
         ax.text(COLUMNS[column], y, words, fontsize=FONT, color="0.35", va="center", style="italic")
-    marks = [Line2D([], [], linewidth=2, label=v, **look(v)) for v in ("holds", "open", "fails")]
+    marks: list[Any] = [
+        Line2D([], [], linewidth=2, label=v, **look(v)) for v in ("holds", "open", "fails")
+    ]
     marks.append(plt.Rectangle((0, 0), 1, 1, color="#CFE0EF", linewidth=0, label="claimed side"))
     ax.legend(
         handles=marks,

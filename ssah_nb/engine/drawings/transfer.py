@@ -18,6 +18,8 @@ __all__ = [
 ]
 
 # %% ../../../nbs/engine/drawings/transfer.ipynb #drawings-transfer-002
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -51,7 +53,11 @@ def draw_bands(ax: plt.Axes, flows: pd.DataFrame):  # from `place_flows`
     for flow in flows.itertuples():
         lower = flow.left + (flow.right - flow.left) * rise
         strength = 0.3 if (flow.before, flow.after) in STAYS else 0.85
-        look = {"facecolor": COLOURS[flow.before], "alpha": strength, "edgecolor": "white"}
+        look: dict[str, Any] = {
+            "facecolor": COLOURS[flow.before],
+            "alpha": strength,
+            "edgecolor": "white",
+        }
         ax.fill_between(along, lower, lower + flow.height, linewidth=0.4, **look)
 
 
@@ -66,7 +72,7 @@ def draw_bars(
             bottom, height = own[edge].min(), own.height.sum()
             ax.bar(x, height, 0.06, bottom, color=COLOURS[name], edgecolor="white", linewidth=0.5)
             align = "left" if shift > 0 else "right"
-            place = {"ha": align, "va": "center", "fontsize": 9}
+            place: dict[str, Any] = {"ha": align, "va": "center", "fontsize": 9}
             ax.text(x + 0.06 * shift, bottom + height / 2, text[side, name], **place)
 
 
@@ -83,7 +89,13 @@ def label_bands(
         rise = along**2 * (3 - 2 * along)
         middle = flow.left + (flow.right - flow.left) * rise + flow.height / 2
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.9}
-        place = {"ha": "center", "va": "center", "fontsize": 8, "bbox": box, "zorder": 5}
+        place: dict[str, Any] = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": 8,
+            "bbox": box,
+            "zorder": 5,
+        }
         ax.text(along, middle, f"{flow.share_of_units:.2%}", **place)
 
 
