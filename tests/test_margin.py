@@ -148,6 +148,10 @@ def test_what_is_refused_by_name():
         refusal_margin(model, tokenizer, PROMPTS, refusals=["I can"], compliances=["I can"])
     with pytest.raises(SsahError, match="and the compliance 'I can' begin"):
         refusal_margin(model, tokenizer, PROMPTS, refusals=["I can't"], compliances=["I can"])
+    with pytest.raises(
+        SsahError, match="the refusal 'I can' and the compliance 'I can help' begin"
+    ):
+        refusal_margin(model, tokenizer, PROMPTS, refusals=["I can"], compliances=["I can help"])
     for openings in ([], ["Sure", " "], [None]):
         with pytest.raises(SsahError, match="no usable openings") as error:
             refusal_margin(model, tokenizer, PROMPTS, compliances=openings)
