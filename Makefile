@@ -3,7 +3,7 @@
 #   MODEL=model       on a model of yours: a hub id, a folder or a .gguf file; its run is called
 #                     PROFILE-model (NAME=... to change that). A model that refuses at least half of
 #                     the attacks is taken as aligned (ALIGNED=yes or no to decide it).
-# make test           lint and all tests
+# make test           lint, types and all tests
 # make coverage       all tests, and how much of the library they reach: docs/coverage.csv
 # make docs           the site, in docs/_build/html
 # make drill          kill runs of the smoke profile at random moments, in a copy of this checkout
@@ -29,11 +29,11 @@ BIN = .venv/bin
 USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
 
-.PHONY: reproduce test lint coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run
+.PHONY: reproduce test lint types coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run
 
 # Ctrl-C reaches make, this shell and snakemake. The chapter says its line; the shell then says
 # nothing, so that make ends as interrupted, without a line of its own.
-SNAKEMAKE = stopped=; trap stopped=1 INT; SSAH_UNDER_MAKE=1 $(BIN)/snakemake \
+SNAKEMAKE = stopped=; trap stopped=1 INT; SSAH_MAKE=$$PPID $(BIN)/snakemake \
     --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
 FINISHED = ; status=$$?; test -z "$$stopped" || exit 0; test $$status = 0 || exit $$status; \
     echo "finished: notebooks in runs/$$run/notebooks, figures and tables in figures/$$run"
@@ -47,11 +47,14 @@ else
 	    --config $$($(BIN)/python workflow/users_model.py config $(USERS_MODEL))$(FINISHED)
 endif
 
-test: lint
+test: lint types
 	@exec $(BIN)/python -m pytest --durations=10
 
 lint: $(READY)  ## line length, unused imports, undefined names
 	@$(BIN)/ruff check --quiet nbs ssah_nb tests workflow benchmarks docs
+
+types: $(READY)  ## the annotations; the first time takes half a minute
+	@$(BIN)/mypy --no-error-summary
 
 coverage: $(READY)
 	@$(BIN)/coverage erase

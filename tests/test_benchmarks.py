@@ -21,6 +21,7 @@ GPU = "gpu.py --shape tiny --device cpu --repeats 1 --rows 1 --tokens 8"
     [
         (GPU, ["attribution", "training step, f = 0.80"]),
         ("attribution.py --repeats 1 --pairs 4", ["ratio: time", "(bar 1.10)"]),
+        ("imports.py --repeats 1 --out /dev/null", ["import ssah_nb", "import freeze"]),
         ("training.py --steps 2 --batch-size 2", ["float32:", "autocast:", "bfloat16:", "mixed:"]),
     ],
 )

@@ -1,6 +1,7 @@
 """The package as a whole: what an import loads, and its public names."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -11,6 +12,7 @@ import pytest
 import ssah_nb
 from ssah_nb.engine.ways import Way, Ways
 
+ROOT = Path(__file__).parent.parent
 PACKAGE = Path(ssah_nb.__file__).parent
 
 
@@ -90,3 +92,22 @@ def test_ways_of_a_chapter_join_at_the_first_look(tmp_path, monkeypatch):
     assert len(ways) == 2 and "second" in ways
     del ways["second"]
     assert list(ways) == ["first"] and repr(ways) == repr({"first": own})
+
+
+WRONG = """
+units.nothing()
+ssah.freeze(model, "all")
+"""
+
+
+def test_who_follows_the_readme_gets_types_and_no_complaint(tmp_path):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    (tmp_path / "block.py").write_text(block + WRONG)
+    command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml"]
+    result = subprocess.run(
+        [*command, tmp_path / "block.py"], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    told = [line for line in result.stdout.splitlines() if ": error: " in line]
+    assert len(told) == 2, result.stdout + result.stderr
+    assert '"UnitMap" has no attribute "nothing"' in told[0]
+    assert 'expected "UnitMask"' in told[1]

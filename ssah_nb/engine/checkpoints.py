@@ -207,10 +207,10 @@ def check_lists(values: dict, tokens: int):  # values: name -> what `Walk.value`
 
 
 def check_blocks(values: dict, names: Iterable[str]):  # names: of the tensors
-    "Raise ValueError when it claims more blocks, or experts, than it holds tensors for."
+    "Raise ValueError when it claims other blocks than it holds, or too many experts."
     blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
     for name, value in values.items():
-        if name.endswith(".block_count") and not (type(value) is int and value <= len(blocks)):
+        if name.endswith(".block_count") and value != len(blocks):
             raise ValueError(f"it claims {value} blocks and holds {len(blocks)}")
         if name.endswith("expert_count") and is_large(value):
             raise ValueError(f"it claims {value:,} experts")
