@@ -12,6 +12,7 @@ something differs; 2: nothing could be checked.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -127,7 +128,9 @@ def run_again(profile: str, chapter: str, settings: dict) -> None:
     command = [sys.executable, "-m", "snakemake"]
     command += ["--workflow-profile", f"workflow/profiles/{profile}"]
     target = f"runs/{name}/notebooks/{chapter}.ipynb"
-    done = subprocess.run([*command, "--config", *config_of(profile, name), "--", target])
+    command += ["--config", *config_of(profile, name), "--", target]
+    ends_with = {"SSAH_MAKE": str(os.getpid())}
+    done = subprocess.run(command, env=os.environ | ends_with)
     if done.returncode:
         raise SsahError(f"{chapter} could not be run again; the same command takes it up")
 
@@ -179,6 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (SsahError, ProfileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command takes it up again", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
