@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     least = map(min, zip(*(seconds() for _ in range(options.repeats))))
-    table = pd.DataFrame({"line": LINES, "seconds": [round(s, 2) for s in least]})
+    table = pd.DataFrame({"line": LINES, "seconds": [round(s, 3) for s in least]})
     table.to_csv(options.out, index=False)
     print(table.to_string(index=False))
     return table
