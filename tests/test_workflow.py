@@ -1,77 +1,21 @@
 """`make reproduce`: what it says to a wrong profile, and what is left of a run that was killed."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import nbformat
 import pytest
 import run_chapter
-from clean_notebooks import KERNEL
+from helpers_workflow import PARAMETERS, TARGET, command, make_project, run
 
 ROOT = Path(__file__).parent.parent
-# two chapters are enough: the target of the throwaway runs is the second
-NAMES = ["00_start", "01_units"]
-TARGET = "runs/smoke/notebooks/01_units.ipynb"
-PARAMETERS = "workflow/profiles/smoke/parameters.yaml"
 PROFILES = sorted(path.name for path in (ROOT / "workflow/profiles").iterdir())
-# under `make test`, too, a command is what a user types
-for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
-    os.environ.pop(name, None)
-
-
-def command(*arguments):
-    profile = "workflow/profiles/smoke"
-    return [sys.executable, "-m", "snakemake", "--workflow-profile", profile, *arguments]
-
-
-def run(arguments, cwd, **options):
-    both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.run(arguments, cwd=cwd, text=True, timeout=900, **both, **options)
-
-
-def cells(*sources):
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
-    notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    return notebook
-
-
-PARAMETERS_CELL = """
-profile = "smoke"  # name of the run
-seed = 1  # seed
-seconds = 0  # how long to wait
-"""
-START_CELL = """
-import os, time
-with open("runs/order.txt", "a") as order:
-    order.write("{name}\\n")
-time.sleep(seconds)
-"""
-END_CELL = """
-machine = os.environ.get("SSAH_DEVICE"), os.environ.get("SSAH_MIXED")
-open("runs/{name}.csv", "w").write(f"seed,device,mixed\\n{{seed}},{{machine[0]}},{{machine[1]}}\\n")
-"""
 
 
 @pytest.fixture
 def project(tmp_path):
-    """The real workflow around two small chapters.
-
-    Each writes a line to runs/order.txt when it starts, and a result when it ends.
-    """
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "workflow", tmp_path / "workflow", ignore=ignore)
-    (tmp_path / PARAMETERS).write_text("common: {profile: smoke, seed: 0}\n")
-    (tmp_path / "nbs").mkdir()
-    for name in NAMES:
-        code = [cell.strip().format(name=name) for cell in (START_CELL, END_CELL)]
-        nbformat.write(cells(PARAMETERS_CELL.strip(), *code), tmp_path / f"nbs/{name}.ipynb")
-    return tmp_path
+    return make_project(tmp_path)
 
 
 def test_unknown_profile_is_one_line():
@@ -182,46 +126,6 @@ def test_failing_chapter_says_why_in_one_line(project):
     assert "Traceback" not in result.stdout
     assert "Traceback" in (project / log).read_text()
     assert not (project / "runs/smoke/notebooks/00_start.ipynb").exists()
-
-
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_run_goes_on_where_it_was(project, stop):
-    order = project / "runs/order.txt"
-    (project / PARAMETERS).write_text(
-        "common: {profile: smoke, seed: 0}\n01_units: {seconds: 600}\n"
-    )
-    with open(project / "output.txt", "w") as output:
-        # a shell's background jobs ignore Ctrl-C
-        running = subprocess.Popen(
-            command(TARGET),
-            cwd=project,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    deadline = time.monotonic() + 120
-    while not (order.exists() and "01_units" in order.read_text()):
-        assert running.poll() is None, (project / "output.txt").read_text()
-        assert time.monotonic() < deadline, (project / "output.txt").read_text()
-        time.sleep(0.2)
-    if stop == signal.SIGKILL:
-        running.kill()  # snakemake alone: the chapter and its kernel must notice
-    else:
-        os.killpg(running.pid, stop)  # as Ctrl-C does
-    running.wait(120)
-    assert not (project / TARGET).exists()
-    (project / PARAMETERS).write_text("common: {profile: smoke, seed: 0}\n")
-
-    result = run(command(TARGET), project)
-    assert result.returncode == 0, result.stdout
-    # the finished chapter was not redone
-    assert order.read_text().split() == ["00_start", "01_units", "01_units"]
-    assert (project / "runs/01_units.csv").read_text() == "seed,device,mixed\n0,None,None\n"
-    assert sorted(path.name for path in (project / TARGET).parent.iterdir()) == [
-        "00_start.ipynb",
-        "01_units.ipynb",
-    ]
 
 
 @pytest.mark.slow

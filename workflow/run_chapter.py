@@ -10,11 +10,13 @@ A run that began with an aligned model has no unaligned one. Then the cells that
 `needs_unaligned` are left out, and a chapter whose parameters are tagged so is left out whole.
 """
 
+import errno
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -23,9 +25,15 @@ import time
 import traceback
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from inside an import
+
 import nbformat
 import papermill
-import yaml
+import psutil
+from one_run import chapter_held, temporary, write_whole
+
+from ssah_nb.engine.opening import MOST, parse_yaml, read_json, read_text
 
 ENVIRONMENT = {
     "IN_TEST": "1",  # nbdev leaves the exporting cells of a notebook alone
@@ -43,6 +51,8 @@ ENVIRONMENT = {
 LEFT_OUT = "needs an unaligned model, and this run began with an aligned one"
 
 BESIDE = ("protection",)
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ProfileError(ValueError):
@@ -69,12 +79,35 @@ def profile_path(profile: str) -> Path:
     return own
 
 
-def read_profile(profile: str) -> dict:
+def read_settings(path: Path) -> dict:
+    """What one file of settings says. Raises `ProfileError` for what is none."""
+    plain = ("extends", "hub", "last", "model_files")  # the others hold named values
+    try:
+        settings = parse_yaml(read_text(path, MOST["yaml"])) or {}
+    except ValueError as error:
+        raise ProfileError(f"{path} cannot be read: {error}") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise ProfileError(f"{path} holds no settings; write names and values, such as 'hub: true'")
+    for name in settings.keys() - set(plain):
+        inner = settings[name] or {}
+        if not isinstance(inner, dict) or not all(isinstance(key, str) for key in inner):
+            raise ProfileError(
+                f"{path}: {name} holds no named values; write 'name: value' under it"
+            )
+    return settings
+
+
+def read_profile(profile: str, extended: tuple[str, ...] = ()) -> dict:
     """The settings of a profile; with `extends: other`, what it does not say is as in the other."""
-    settings = yaml.safe_load(profile_path(profile).read_text()) or {}
-    base = read_profile(settings.pop("extends")) if "extends" in settings else {}
+    if not isinstance(profile, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", profile):
+        raise ProfileError(f"{str(profile)[:40]!r} is no name of a profile")
+    if profile in extended:
+        raise ProfileError(f"profile {profile!r} extends itself; take 'extends' out of one of them")
+    settings = read_settings(profile_path(profile))
+    other = settings.pop("extends", None)
+    base = read_profile(other, (*extended, profile)) if other else {}
     both = {
-        key: base[key] | settings[key]
+        key: (base[key] or {}) | settings[key]
         for key in base.keys() & settings.keys()
         if isinstance(settings[key], dict)
     }
@@ -87,8 +120,7 @@ def profile_parameters(profile: str) -> dict[str, dict]:
     where = profile_path(profile)
     common = settings.get("common") or {}
     has = {
-        chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb"))
-        for chapter in notebooks()
+        chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb")) for chapter in notebooks()
     }
     for key in settings.keys() - {"hub", "common", "machine", "model_files", "last"} - has.keys():
         raise ProfileError(f"{where}: unknown chapter {key!r}; known: {', '.join(has)}")
@@ -138,14 +170,24 @@ def keep_committed(profile: str) -> None:
         shutil.copy(path, kept)
 
 
-def end_with_parent() -> None:
-    """End this process soon after its parent has ended, however that ended."""
-    parent = os.getppid()
+def end_with_parent(process: str | None = None) -> None:
+    """End this process soon after its parent has ended, however that ended.
+
+    With the number of a process: after that one, which is the parent or the one above it. Also
+    when it had ended before this was called.
+    """
+    expected = int(process) if process else os.getppid()
+
+    def is_there() -> bool:
+        parent = os.getppid()
+        return expected == parent or expected == psutil.Process(parent).ppid()
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+        try:
+            while is_there():
+                time.sleep(0.5)
+        finally:  # also when the parent ended while it was asked for its own
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -188,8 +230,6 @@ def prepare(profile: str, chapter: str, threads: str) -> dict:
         raise ProfileError(f"unknown chapter {chapter!r}; known: {', '.join(notebooks())}")
     parameters = profile_parameters(profile)[chapter]
     os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=threads, **machine(profile))
-    if chapter == chapters()[0]:
-        keep_committed(profile)
     if not read_profile(profile).get("hub"):
         os.environ["HF_HUB_OFFLINE"] = "1"
     return parameters
@@ -198,7 +238,10 @@ def prepare(profile: str, chapter: str, threads: str) -> dict:
 def given_stage(profile: str) -> str:
     """What the model that the run began with was taken as, by its first chapter."""
     path = Path(f"runs/{profile}/given.json")
-    return json.loads(path.read_text())["taken_as"] if path.exists() else "unaligned"
+    try:
+        return read_json(path).get("taken_as", "unaligned") if path.exists() else "unaligned"
+    except ValueError as error:
+        raise ProfileError(str(error)) from None
 
 
 def leave_out(chapter: str, copy: Path) -> bool:
@@ -224,9 +267,8 @@ def leave_out(chapter: str, copy: Path) -> bool:
 def left_out_manifest(profile: str, chapter: str) -> None:
     """The manifest of a chapter that was left out whole."""
     path = Path(f"runs/{profile}/manifest/{chapter}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = {"chapter": chapter, "left_out": f"it {LEFT_OUT}", "minutes": 0.0, "files": {}}
-    path.write_text(json.dumps(part, indent=1))
+    write_whole(path, json.dumps(part, indent=1))
 
 
 def execute(source: Path, partial: Path, parameters: dict, lines: Lines) -> None:
@@ -245,19 +287,26 @@ def execute(source: Path, partial: Path, parameters: dict, lines: Lines) -> None
 
 
 def run(profile: str, chapter: str, threads: str) -> None:
-    """Run one chapter; its executed notebook appears when it has ended well."""
+    """Run one chapter, when no other process does. Raises `ProfileError`."""
     parameters = prepare(profile, chapter, threads)
+    with chapter_held(profile, chapter), temporary(profile, chapter):
+        if chapter == chapters()[0]:
+            keep_committed(profile)
+        run_notebook(profile, chapter, parameters)
+
+
+def run_notebook(profile: str, chapter: str, parameters: dict) -> None:
+    """Run a chapter's notebook; it appears, executed, when it has ended well."""
     done = Path(f"runs/{profile}/notebooks/{chapter}.ipynb")
     partial = done.with_suffix(".partial.ipynb")
     log_path = Path(f"runs/{profile}/logs/{chapter}.log")
-    for path in (done, log_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    done.parent.mkdir(parents=True, exist_ok=True)
     known = chapters() if chapter in chapters() else [chapter]
     place = f"[{known.index(chapter) + 1}/{len(known)}] {chapter}"
     print(f"{place}: start", flush=True)
     start = time.monotonic()
     source = Path(f"nbs/{chapter}.ipynb")
-    with open(log_path, "w") as log:
+    with open(log_path, "a") as log:
         try:
             if given_stage(profile) == "unaligned":
                 execute(source, partial, parameters, Lines(chapter, log))
@@ -268,6 +317,8 @@ def run(profile: str, chapter: str, threads: str) -> None:
         except KeyboardInterrupt:
             sys.exit(f"{place}: stopped; the same command takes it up again")
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise
             traceback.print_exc(file=log)
             failed = isinstance(error, papermill.PapermillExecutionError)
             what = f"{error.ename}: {error.evalue}" if failed else repr(error)
@@ -277,9 +328,22 @@ def run(profile: str, chapter: str, threads: str) -> None:
     print(f"{place}: done in {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
 
 
-if __name__ == "__main__":
-    end_with_parent()
+def main(profile: str, chapter: str, threads: str) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_with_parent(os.environ.get("SSAH_SNAKEMAKE"))
     try:
-        run(*sys.argv[1:])
+        run(profile, chapter, threads)
     except ProfileError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        sys.exit(
+            f"error: cannot write below runs/{profile} ({error.strerror}); "
+            "free some space, and the same command goes on"
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

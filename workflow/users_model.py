@@ -8,14 +8,17 @@ line, and exit status 2. With `name` for `check`, PROFILE-NAME is printed and no
 with `config`, what snakemake's --config needs.
 """
 
-import json
 import re
 import struct
 import sys
 from pathlib import Path
 
 import yaml
-from run_chapter import ProfileError, profile_path
+from one_run import write_whole
+from run_chapter import ProfileError, profile_path, read_settings
+
+from ssah_nb.engine.opening import MOST_HEADER, open_plain, parse_json
+from ssah_nb.engine.opening import plain_size, read_json
 
 OWN = ("embedded", "aligned", "tiny")  # names that the library knows
 TAKEN_AS = ("auto", "yes", "no")  # ALIGNED=: does the model refuse already
@@ -48,14 +51,15 @@ def check_gguf(path: Path) -> None:
 
 def check_safetensors(path: Path) -> None:
     """Raise `ProfileError` unless the file is as long as its header says."""
-    size = path.stat().st_size
+    size, length, end = 0, 0, None
     try:
-        with path.open("rb") as f:
+        size = plain_size(path)
+        with open_plain(path, size) as f:
             (length,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(length)) if length < size else {}
+            header = parse_json(f.read(length).decode()) if length < min(size, MOST_HEADER) else {}
         end = max(entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__")
-    except (struct.error, ValueError, LookupError, TypeError):
-        end = None
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError):
+        pass
     if end is None or 8 + length + end != size:
         raise ProfileError(f"MODEL: {path} is not a whole safetensors file; fetch it again")
 
@@ -87,10 +91,10 @@ def check_folder(folder: Path) -> list[Path]:
     """The weight files of a folder. Raises `ProfileError` for one that is not whole."""
     check_weights({path.name for path in folder.iterdir()}, str(folder))
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         index = folder / "model.safetensors.index.json"
-        parts = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
-    except (OSError, ValueError, LookupError) as error:
+        parts = map(str, read_json(index)["weight_map"].values()) if index.exists() else ()
+    except (OSError, ValueError, LookupError, AttributeError) as error:
         raise ProfileError(
             f"MODEL: {folder} cannot be read ({type(error).__name__}); save it again"
         ) from None
@@ -159,7 +163,9 @@ def own_profile(profile: str, model: str, files: list[str], aligned: str, run: s
 def check_same_model(run: str, name: str) -> None:
     """Raise `ProfileError` when another model has a run of this name."""
     path = Path(f"runs/{run}/profile.yaml")
-    earlier = yaml.safe_load(path.read_text())["00_start"]["model_name"] if path.exists() else name
+    if not path.exists():
+        return
+    earlier = (read_settings(path).get("00_start") or {}).get("model_name", "another model")
     if earlier != name:
         raise ProfileError(
             f"runs/{run} is a run on {earlier}; give this one another name: NAME=..."
@@ -169,7 +175,7 @@ def check_same_model(run: str, name: str) -> None:
 def config_of(profile: str, run: str) -> list[str]:
     """What snakemake's --config needs: the profile's own, for this run."""
     path = Path(f"workflow/profiles/{profile}/config.yaml")
-    own = yaml.safe_load(path.read_text()).get("config") or []
+    own = yaml.safe_load(path.read_text()).get("config") or []  # a file of the repository
     return [f"profile={run}", *(entry for entry in own if not entry.startswith("profile="))]
 
 
@@ -187,8 +193,7 @@ def prepare(profile: str, model: str, name: str = "", aligned: str = "") -> str:
     path = Path(f"runs/{run}/profile.yaml")
     text = yaml.safe_dump(settings, sort_keys=False)
     if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_whole(path, text)
     return run
 
 
