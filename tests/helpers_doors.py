@@ -98,7 +98,7 @@ MANY = "[" + "[]," * 6_000_000 + "[]]"
 PAIRS = {
     "pairs csv": pairs_door(
         "rows.csv",
-        24,
+        16,
         columns=",".join(map(str, range(30_000))) + "\n" + "1\n" * 30_000,
         remarks="# \n" * 500_000 + "prompt\na\n",
         lines="prompt\n" + "a\n" * 6_000_000,
@@ -106,19 +106,19 @@ PAIRS = {
     ),
     "pairs json": pairs_door(
         "rows.json",
-        40,
+        24,
         many=MANY,
         number='[{"prompt": ' + "9" * 100_000 + "}]",
         surrogate='[{"prompt": "\\ud800", "response": "a"}]',
         deep='[{"prompt": ' + DEEP + "}]",
         deeper="[" * 10**6,
     ),
-    "pairs jsonl": pairs_door("rows.jsonl", 20, deep='{"prompt": ' + "[" * 5000),
+    "pairs jsonl": pairs_door("rows.jsonl", 14, deep='{"prompt": ' + "[" * 5000),
     "pairs jsonl.gz": pairs_door("rows.jsonl.gz", 12, bomb=gzip.compress(bytes(300 << 20), 1)),
     "pairs txt": pairs_door("rows.txt", 8),
     "pairs prompt": pairs_door(
         "rows.prompt",
-        16,
+        12,
         aliases=BOMB + "seeds: *j\n",
         code="seeds: !!python/object/apply:os.mkdir [ran]\n",
         number="seeds: [{value: 0x" + "f" * 5000 + "}]\n",
@@ -171,7 +171,7 @@ WHEEL_DAMAGE |= {
     "lzma": lambda folder: zipped({MEMBER: b"one\ntwo\n"}, folder / WHEEL_FILE, zipfile.ZIP_LZMA),
     "the member is a folder": member_is_a_folder,
 }
-WHEELS = Door(make_wheel, use_wheel, {WHEEL_FILE: 40}, WHEEL_DAMAGE, SsahError)
+WHEELS = Door(make_wheel, use_wheel, {WHEEL_FILE: 20}, WHEEL_DAMAGE, SsahError)
 
 
 SETTINGS = (
@@ -197,7 +197,7 @@ def settings(text: str):
 PROFILES = Door(
     make_profile,
     use_profile,
-    {PROFILE: 20},
+    {PROFILE: 16},
     {
         "extends itself": settings("extends: mine\n"),
         "extends a list": settings("extends: [a]\n"),
@@ -248,22 +248,22 @@ def saved(name: str, count: int, make, use, **special) -> Door:
 DOORS = {
     "units": saved(
         "units",
-        24,
+        16,
         lambda folder: ssah_nb.classify(**importances()).save_pretrained(folder),
         use_units,
     ),
     "importance": saved(
-        "importance", 30, lambda folder: importances()["safety"].save(folder), use_importance
+        "importance", 20, lambda folder: importances()["safety"].save(folder), use_importance
     ),
     "anchor": saved(
         "anchor",
-        24,
+        12,
         lambda folder: Anchor(tiny_model(), TOKENIZER, REFUSALS).save(folder),
         use_anchor,
     ),
     "anchor on units": saved(
         "anchor",
-        18,
+        12,
         lambda folder: Anchor(
             tiny_model(), TOKENIZER, REFUSALS, on="units", units=random_mask(0, 0.1)
         ).save(folder),
@@ -274,12 +274,12 @@ DOORS = {
             folder / "splits.json"
         ),
         use_splits,
-        {"splits.json": 45},
+        {"splits.json": 30},
         {},
         SsahError,
     ),
-    "runs": Door(make_run, use_run, {"calibration.json": 15, "given.json": 8}, {}, SsahError),
-    "arrow": Door(make_arrow, use_arrow, {"rows.arrow": 16}, {}, SsahError),
+    "runs": Door(make_run, use_run, {"calibration.json": 12, "given.json": 4}, {}, SsahError),
+    "arrow": Door(make_arrow, use_arrow, {"rows.arrow": 12}, {}, SsahError),
     **PAIRS,
     "wheels": WHEELS,
     "profiles": PROFILES,

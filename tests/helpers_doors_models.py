@@ -84,11 +84,11 @@ FOLDERS = Door(
     lambda folder: save_model(MODEL, TOKENIZER, folder / "model"),
     use_folder,
     {
-        "model/model.safetensors": 24,
-        "model/config.json": 30,
-        "model/tokenizer.json": 8,
-        "model/tokenizer_config.json": 8,
-        "model/generation_config.json": 8,
+        "model/model.safetensors": 12,
+        "model/config.json": 15,
+        "model/tokenizer.json": 4,
+        "model/tokenizer_config.json": 4,
+        "model/generation_config.json": 4,
     },
     FOLDER_DAMAGE,
     SsahError,
@@ -98,7 +98,7 @@ FOLDERS = Door(
 USERS_MODEL = Door(
     FOLDERS.make,
     lambda folder: users_model.check_model(str(folder / "model")),
-    {"model/model.safetensors": 12, "model/config.json": 12},
+    {"model/model.safetensors": 8, "model/config.json": 6},
     FOLDER_DAMAGE,
     ProfileError,
 )
@@ -135,7 +135,7 @@ KEPT = {
 PRUNED = Door(
     lambda folder: save_model(ssah_nb.prune(MODEL, random_mask(0)), TOKENIZER, folder / "model"),
     use_pruned,
-    {"model/model.safetensors": 16, "model/config.json": 24, "model/generation_config.json": 5},
+    {"model/model.safetensors": 8, "model/config.json": 9, "model/generation_config.json": 3},
     FOLDER_DAMAGE | {f"kept: {name}": kept(change) for name, change in KEPT.items()},
     SsahError,
 )
@@ -181,7 +181,7 @@ GGUF_DAMAGE = {
 GGUF = Door(
     lambda folder: write_gguf(write(folder / "tiny.gguf", "")),
     use_gguf,
-    {"tiny.gguf": 30},
+    {"tiny.gguf": 20},
     GGUF_DAMAGE,
     SsahError,
 )

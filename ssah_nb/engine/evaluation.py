@@ -51,6 +51,7 @@ from ssah_nb.engine.limits import (
     check_shares,
 )
 from .margin import refusal_margin
+from .opening import read_table
 from .run import SsahError, progress
 from .states import check_in_memory, check_values
 
@@ -334,7 +335,7 @@ def earlier_report(
     "The safety report of one row alone; None when the chapter has not run or has no such row."
     if not Path(path).exists():
         return None
-    table = pd.read_csv(path)
+    table = read_table(path)
     for column, value in row.items():
         table = table[table[column] == value]
     return next(iter(table.loc[:, "attack_success":"max_perplexity"].to_dict("records")), None)

@@ -23,6 +23,7 @@ __all__ = [
     'PlainYaml',
     'parse_yaml',
     'read_json',
+    'read_table',
     'read_arrow',
     'read_tensors',
 ]
@@ -42,6 +43,7 @@ import yaml
 from .files import SsahError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
     from datasets import Dataset
 
@@ -228,6 +230,19 @@ def read_json(
         raise SsahError(
             f"cannot read {path} ({reason(e)}); it was cut or changed, write it again"
         ) from None
+
+
+# %% ../../nbs/engine/opening.ipynb #opening-018
+def read_table(path: str | Path) -> "pd.DataFrame":  # a .csv file with a line of column names
+    "A table. Raises `SsahError` naming the file."
+    import pandas as pd  # here, so that a script can read settings at once
+
+    text = read_text(path)
+    try:
+        check_crowd(text)
+        return pd.read_csv(io.StringIO(text))
+    except Exception as e:  # pandas raises many kinds
+        raise SsahError(f"cannot read {path} ({reason(e)}); run its chapter again") from None
 
 
 # %% ../../nbs/engine/opening.ipynb #opening-016

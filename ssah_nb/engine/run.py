@@ -44,7 +44,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .files import SsahError, write_atomic, write_together
-from .opening import read_json
+from .opening import read_json, read_table
 from .figures import figure_bytes, readable, set_style, table_figure
 from .limits import check_seed
 
@@ -295,7 +295,7 @@ def read_run_table(run: Run, name: str) -> pd.DataFrame:  # name: without its en
             f"{path} is not there; run the chapter that writes it, "
             f"or `make reproduce PROFILE={run.profile}`"
         )
-    return pd.read_csv(path)
+    return read_table(path)
 
 
 def finish_run(
