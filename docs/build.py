@@ -104,7 +104,7 @@ def api_entry(name: str) -> str:
     if "__init__" in vars(thing):
         text += parameter_table(described) + "\n\n"
     for method, function in vars(thing).items():
-        if method.startswith("_") or isinstance(function, type):
+        if method.startswith("_") or isinstance(function, type | str | tuple):
             continue
         documented = function.fget if isinstance(function, property) else function
         documented = getattr(documented, "__func__", documented)
