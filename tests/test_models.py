@@ -195,7 +195,8 @@ def test_a_pickle_is_never_loaded(saved, tmp_path):
     torch.save(
         tiny_model().state_dict() | {"evil": Evil(tmp_path / "ran")}, saved / "pytorch_model.bin"
     )
-    with pytest.raises(SsahError, match="cannot load model .* pickled only .* save it as safetensors") as error:
+    words = "cannot load model .* pickled only .* save it as safetensors"
+    with pytest.raises(SsahError, match=words) as error:
         load_model(saved)
     one_line(error)
     assert not (tmp_path / "ran").exists()
