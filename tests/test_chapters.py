@@ -1,5 +1,6 @@
 """What chapters 0, 8 and 9 bring: system prompts, budgets of units, the report in words."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ from ssah_nb.engine.evaluation import SYSTEM_PROMPTS
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 from ssah_nb.report import in_short, judge, printed_numbers
-from ssah_nb.start import first_words, system_text
+from ssah_nb.start import baseline, first_words, system_text
 
 ROOT = Path(__file__).parent.parent
 BENIGN = [{"prompt": f"Question {i}", "response": f"Answer {i}"} for i in range(4)]
@@ -62,9 +63,18 @@ def test_the_tax_is_against_the_first_row():
     assert alignment_tax(pd.Series([4.0, 5.0, 3.0])).tolist() == [0.0, 0.25, -0.25]
 
 
+def test_the_baseline_has_a_row_for_each_system_prompt(tmp_path):
+    names = ("none", "short")
+    table = baseline(tiny_model(), tiny_tokenizer(), HARMFUL, BENIGN, names, tmp_path)
+    assert table.system_prompt.tolist() == list(names)
+    assert table.attack_success.between(0, 1).all() and (table.attack_success_n == 4).all()
+    kept = json.loads((tmp_path / "00_system_prompt_short.json").read_text())
+    assert [prompt for prompt, _ in kept["harmful"]] == [pair["prompt"] for pair in HARMFUL]
+
+
 def test_a_system_prompt_has_a_known_name():
     assert system_text("none") is None and system_text("short") == SYSTEM_PROMPTS["short"]
-    with pytest.raises(SsahError, match="'shrot'; use one of none, short") as error:
+    with pytest.raises(SsahError, match="'shrot'; use one of none, llama2, short") as error:
         system_text("shrot")
     one_line(error)
 
