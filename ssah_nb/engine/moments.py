@@ -245,8 +245,9 @@ def check_statistics(tensors: dict, info: dict, where: str):  # what was read, a
         raise SsahError(f"{where} has channels for no whole number of heads; write it again")
     parts = [part for part in ("mean", "m2", "count", "weights") if part == "weights" or count]
     like = {f"{p}.{kind}": tensors[f"channels.{kind}"].shape for p in parts for kind in kinds}
-    some = {part for part in ("weights", "count") if any(n.startswith(part) for n in tensors)}
-    optional = {n for n in like if n.partition(".")[0] in {"weights", "count"} - some}
+    weighed = any(name.startswith("weights") for name in tensors)
+    absent = ("count",) if weighed else ("count", "weights")  # of a kind with one count for all
+    optional = {name for name in like if name.startswith(absent)}
     check_tensors(tensors, {name: like[name] for name in like if name not in optional}, where)
     for name in sorted(like.keys() & tensors.keys()):
         low, high = tensors[name].aminmax()
