@@ -150,3 +150,21 @@ def hub_at(folder, monkeypatch):
     finally:
         hub.shutdown()
         hub.server_close()
+
+
+class Html(BaseHTTPRequestHandler):
+    "A proxy that answers everything with a page."
+
+    def do_GET(self):
+        page = b"<html>Please log in.</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
+
+    do_POST = do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass

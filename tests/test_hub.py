@@ -2,12 +2,12 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
 from helpers import one_line
-from helpers_hub import hub_at
+from helpers_hub import Html, hub_at
 from helpers_units import TOKENIZER, pairs
 from huggingface_hub import ModelCard, constants
 from transformers import PreTrainedModel
@@ -370,24 +370,6 @@ def test_without_a_network(things, hub):
     with pytest.raises(SsahError, match="cannot upload to owner/new") as error:
         things["units"].push_to_hub("owner/new", token=hub.token)
     one_line(error)
-
-
-class Html(BaseHTTPRequestHandler):
-    "A proxy that answers everything with a page."
-
-    def do_GET(self):
-        page = b"<html>Please log in.</html>"
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(page)))
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(page)
-
-    do_POST = do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
 
 
 def test_a_proxy_that_answers_with_a_page(things, hub, monkeypatch):
