@@ -10,6 +10,7 @@ __all__ = [
     'at_least_float32',
     'answer_drift',
     'unit_drift',
+    'Kept',
     'Anchor',
     'prepare',
     'Held',
@@ -36,6 +37,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# %% ../nbs/07_anchoring.ipynb #07-anchoring-004b
 from .engine.anchors import AnchorCallback, Drift, behaviour, behaviour_on_all
 from .engine.anchors import check_facts_of_anchor, check_options, check_shape
 from .engine.anchors import check_untrained, named_units, references_in
@@ -85,9 +87,9 @@ def unit_drift(
     return ((x - mean) / spread - before).square().unflatten(-1, (-1, width)).mean(-1)
 
 
-# %% ../nbs/07_anchoring.ipynb #07-anchoring-010
-class Anchor(Shared):
-    "Holds what a model says on refusals, or what some of its units say, while it is trained."
+# %% ../nbs/07_anchoring.ipynb #07-anchoring-009b
+class Kept(Shared):
+    "What an anchor keeps of the model before training."
 
     called, kept_as, hidden = "anchor", "anchor", ("encoded",)
     needs = ("options", "step", "shape", "encoded", "model")
@@ -102,6 +104,11 @@ class Anchor(Shared):
     loss: ClassVar[Callable]
     callback: ClassVar[Callable]
     report: ClassVar[Callable]
+
+
+# %% ../nbs/07_anchoring.ipynb #07-anchoring-010
+class Anchor(Kept):
+    "Holds what a model says on refusals, or what some of its units say, while it is trained."
 
     def __init__(
         self,
@@ -291,7 +298,7 @@ def anchor_files(anchor: Anchor) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, info
 
 
-# %% ../nbs/07_anchoring.ipynb #07-anchoring-031
+# %% ../nbs/07_anchoring.ipynb #07-anchoring-030b
 MASKS = ("mask.mlp", "mask.attention")
 
 
@@ -304,6 +311,7 @@ def saved_units(tensors: dict, info: dict, where: str) -> UnitMask | None:  # wh
     return UnitMask(tensors["mask.mlp"], tensors["mask.attention"], info["model"])
 
 
+# %% ../nbs/07_anchoring.ipynb #07-anchoring-031
 def anchor_of(cls, tensors: dict, info: dict, where: str) -> Anchor:  # where: for the error
     "Put together again. Raises `SsahError` for what does not fit together."
     anchor, units = cls.__new__(cls), saved_units(tensors, info, where)

@@ -19,6 +19,7 @@ __all__ = [
     'choose_ratio',
     'search_scu',
     'load_units',
+    'cut_copy',
     'prune',
     'load_pruned',
 ]
@@ -126,13 +127,14 @@ def levelled(
     return Scores(mlp[0], s.attention), Scores(mlp[1], u.attention)
 
 
-# %% ../nbs/04_classes.ipynb #04-classes-029
+# %% ../nbs/04_classes.ipynb #04-classes-028b
 def behind(scores: Scores, mask: UnitMask) -> Scores:  # mask: units that come after all others
     "The scores, with minus infinity for some units."
     kinds = ("mlp", "attention")
     return Scores(*(getattr(scores, k).masked_fill(getattr(mask, k), -torch.inf) for k in kinds))
 
 
+# %% ../nbs/04_classes.ipynb #04-classes-029
 def classify(
     safety: Importance | None,  # on (harmful prompt, refusal); None: the model is unaligned
     utility: Importance,  # on (benign prompt, response)
@@ -270,6 +272,18 @@ def load_units(
     return UnitMap.from_pretrained(folder)
 
 
+# %% ../nbs/04_classes.ipynb #04-classes-075b
+def cut_copy(model: PreTrainedModel, mask: UnitMask, plan: dict) -> PreTrainedModel:
+    "A copy that is cut by a plan. Raises `SsahError` where it is not equal to `pruned`."
+    for name in plan:
+        plain_linear(model, name)
+    with pruned(model, mask):
+        smaller, wanted = copy.deepcopy(model), trial_states(model)
+    cut(smaller, plan)
+    check_cut(smaller, wanted)
+    return smaller
+
+
 # %% ../nbs/04_classes.ipynb #04-classes-076
 def prune(
     model: PreTrainedModel,  # not changed
@@ -288,12 +302,7 @@ def prune(
     if equal_widths:
         kept = one_width(kept)
     plan = cut_plan(model, modules, kept)
-    for name in plan:
-        plain_linear(model, name)
-    with pruned(model, mask):
-        smaller, wanted = copy.deepcopy(model), trial_states(model)
-    cut(smaller, plan)
-    check_cut(smaller, wanted)
+    smaller = cut_copy(model, mask, plan)
     if equal_widths:
         tell_width(smaller, int(kept["mlp"][0].sum()))
         return smaller

@@ -47,7 +47,7 @@ from .engine.limits import check_seed
 from .engine.proof import architecture, prove
 from .engine.run import SsahError
 from .engine.tensors import check_codes
-from torch import nn
+from torch import isin, nn
 
 
 # %% ../nbs/01_units.ipynb #01-units-depthtwo
@@ -258,22 +258,22 @@ class Scores:
         return Scores(-self.mlp, -self.attention)
 
 
-# %% ../nbs/01_units.ipynb #01-units-map
+# %% ../nbs/01_units.ipynb #01-units-classes
 # safety critical, utility critical, complex, redundant; utility (of an unaligned model)
 CLASSES = ("SCU", "UCU", "CU", "RU", "UU")
 
 
+# %% ../nbs/01_units.ipynb #01-units-map
 @dataclass(eq=False)
 class UnitMap(Shared):
     "The class of every unit of one model (paper, section 3)."
 
     called, kept_as, needs = "unit map", "units", ("parameters", "total")
-
     mlp: torch.Tensor  # uint8 [layers, channels], index into CLASSES
     attention: torch.Tensor  # uint8 [layers, heads]
     order: Scores  # Î_S − Î_U (of an unaligned model: Î_U), which ranks the CU
     info: dict  # model signature, parameters of a unit, of the model, ratios
-    share: ClassVar[Callable]  # this and the next three are defined below
+    share: ClassVar[Callable]  # these four are defined below
     shares: ClassVar[Callable]
     top_cu: ClassVar[Callable]
     to_pandas: ClassVar[Callable]
@@ -281,8 +281,7 @@ class UnitMap(Shared):
     def units(self, *names: str) -> UnitMask:  # e.g. "SCU", "CU"
         "The units of these classes."
         codes = torch.tensor([CLASSES.index(n) for n in names], dtype=torch.uint8)
-        chosen = (torch.isin(part, codes) for part in (self.mlp, self.attention))
-        return UnitMask(*chosen, self.info.get("model"))
+        return UnitMask(isin(self.mlp, codes), isin(self.attention, codes), self.info.get("model"))
 
     scu = property(lambda self: self.units("SCU"), doc="Safety critical units.")
     ucu = property(lambda self: self.units("UCU"), doc="Utility critical units.")
@@ -389,6 +388,10 @@ def unit_map_of(cls, tensors: dict, info: dict, where: str) -> UnitMap:  # where
     return cls(tensors["mlp"], tensors["attention"], order, info)
 
 
+UnitMap.to_files, UnitMap.from_files = unit_map_files, classmethod(unit_map_of)
+
+
+# %% ../nbs/01_units.ipynb #01-units-shown
 def shown_units(units: UnitMap) -> tuple[str, dict[str, bytes]]:
     "For the model card: a table of the class shares, and a picture of them over the layers."
     from ssah_nb.engine.drawings.classes import draw_classes_by_layer, shares_by_layer
@@ -399,7 +402,6 @@ def shown_units(units: UnitMap) -> tuple[str, dict[str, bytes]]:
     return text, {"classes.png": figure_bytes(picture, "png")}
 
 
-UnitMap.to_files, UnitMap.from_files = unit_map_files, classmethod(unit_map_of)
 UnitMap.shown = shown_units
 
 

@@ -54,6 +54,7 @@ def begin(arguments, cwd: Path, chapter: str) -> subprocess.Popen:
     return started
 
 
+@pytest.mark.drill
 def test_a_drill_of_three_kills(project, capsys):
     settings(project, "01_units", 0.5)
     chances = random.Random(0)

@@ -48,7 +48,7 @@ def test_wrong_parameters_are_one_line(project, line, words):
     assert result.returncode != 0
     assert len(errors) == 1 and errors[0].startswith(f"error: {PARAMETERS}: ")
     assert all(word in errors[0] for word in words)
-    assert not (project / "runs").exists()
+    assert not list((project / "runs").rglob("*.ipynb"))
 
 
 @pytest.fixture
