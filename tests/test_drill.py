@@ -1,5 +1,7 @@
 """Runs that are killed, interrupted, started twice, or have no room left on the disk."""
 
+import asyncio
+import gc
 import os
 import random
 import signal
@@ -12,6 +14,7 @@ import drill
 import one_run
 import psutil
 import pytest
+import run_chapter
 from helpers import files_at_most
 from helpers_workflow import PARAMETERS, ROOT, TARGET, command, make_project, run
 
@@ -54,7 +57,6 @@ def begin(arguments, cwd: Path, chapter: str) -> subprocess.Popen:
     return started
 
 
-@pytest.mark.drill
 def test_a_drill_of_three_kills(project, capsys):
     settings(project, "01_units", 0.5)
     chances = random.Random(0)
@@ -66,6 +68,30 @@ def test_a_drill_of_three_kills(project, capsys):
     assert len(said) == 6 and said[-1].startswith("3 kills and 1 interrupt, 4 taken up again")
     order = (project / "runs/order.txt").read_text().split()
     assert order[:2] == ["00_start", "01_units"] and len(order) >= 2 + 4
+
+
+def test_an_interrupt_is_one_line_when_the_cell_ends_after_it(project, monkeypatch, caplog):
+    async def cell():
+        raise RuntimeError("Kernel died")
+
+    def execute(*_):
+        loop = asyncio.new_event_loop()
+        left = loop.create_task(cell())
+        loop.run_until_complete(asyncio.sleep(0))
+        assert left.done()
+        raise KeyboardInterrupt
+
+    def interrupted() -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run_chapter.run_notebook("smoke", "01_units", {})
+        return str(stopped.value)
+
+    caplog.set_level("ERROR", logger="asyncio")
+    monkeypatch.setattr(run_chapter, "execute", execute)
+    (project / "runs/smoke/logs").mkdir(parents=True)
+    assert interrupted() == f"[2/2] 01_units{drill.STOPPED}"
+    gc.collect()
+    assert not caplog.records
 
 
 def test_the_drill_sees_what_is_wrong(project):

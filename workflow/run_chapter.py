@@ -13,6 +13,7 @@ A run that began with an aligned model has no unaligned one. Then the cells that
 import errno
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -314,7 +315,8 @@ def run_notebook(profile: str, chapter: str, parameters: dict) -> None:
                 execute(partial, partial, parameters, Lines(chapter, log))
             else:
                 left_out_manifest(profile, chapter)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the cell's task then ends with the kernel: nothing to report
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             sys.exit(f"{place}: stopped; the same command takes it up again")
         except Exception as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
