@@ -6,9 +6,10 @@ import os
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ssah_nb.engine import run as run_module
-from ssah_nb.engine.figures import COLOURS, HATCHES, readable
+from ssah_nb.engine.figures import COLOURS, HATCHES, readable, table_figure
 from ssah_nb.engine.run import Run, SsahError
 from ssah_nb.units import CLASSES
 
@@ -99,3 +100,15 @@ def test_a_saved_table_is_tidy_in_its_file_and_readable_where_it_is_shown(run):
 def test_classes_can_be_told_apart_without_colour():
     assert COLOURS.keys() == HATCHES.keys() == set(CLASSES)
     assert len(set(COLOURS.values())) == len(set(HATCHES.values())) == len(CLASSES)
+
+
+def test_every_word_of_a_table_picture_stays_in_its_cell():
+    rows = [["SCU + top 6% CU frozen", "SCU", "1.7 (0.3 to 8.9)"], ["MMMMMM", "WWWW", "100 (91)"]]
+    fig = table_figure(pd.DataFrame(rows, columns=["what was done", "units", "attack success (%)"]))
+    shown = FigureCanvasAgg(fig).get_renderer()
+    cells = fig.axes[0].tables[0].get_celld()
+    fig.draw(shown)
+    for place, cell in cells.items():
+        words, room = cell.get_text().get_window_extent(shown), cell.get_window_extent(shown)
+        assert room.x0 <= words.x0 and words.x1 <= room.x1, place
+    assert len(cells) == 9

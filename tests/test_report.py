@@ -1,7 +1,10 @@
 """The paper's numbers and our verdicts."""
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from ssah_nb.engine.claims import read_claims
+from ssah_nb.engine.drawings.report import EDGE, draw_verdicts
 from ssah_nb.engine.run import SsahError
 from ssah_nb.report import paper_numbers, printed, verdict
 
@@ -30,3 +33,22 @@ def test_paper_numbers():
 )
 def test_verdicts(low, high, claim, limit, expected):
     assert verdict(low, high, claim, limit) == expected
+
+
+def test_no_word_of_a_claim_reaches_into_the_plot():
+    claims = read_claims()
+    words = claims.claim.map(lambda claim: claim.format(coherent="100%", of=" of 0.5%"))
+    table = claims[["experiment", "paper"]].assign(claim=words, claimed="> 0", unit="points")
+    table = table.assign(measured=0.5, low=0.4, high=0.6, verdict="holds")
+    table.loc[0, ["measured", "verdict"]] = float("nan"), "not measured"
+    fig = draw_verdicts(table)
+    axes, shown = fig.axes[0], FigureCanvasAgg(fig).get_renderer()
+    to_data = axes.transData.inverted()
+    left = {
+        text.get_text(): to_data.transform(text.get_window_extent(shown).corners())[:, 0].max()
+        for text in axes.texts
+        if text.get_position()[0] < -EDGE and text.get_weight() == "normal"
+    }
+    drawn = words.str.replace(r" \(.*?\)", "", regex=True)
+    assert drawn[0] not in left and set(drawn[1:]) <= set(left)
+    assert not {claim: end for claim, end in left.items() if end > -EDGE}

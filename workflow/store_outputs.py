@@ -39,6 +39,7 @@ def store(chapter: str) -> None:
                 output.execution_count = None
         cell.metadata["source_hash"] = source_hash(cell.source)
         cell.metadata.pop("execution", None)
+    notebook.metadata.pop("language_info", None)
     nbformat.write(notebook, path)
 
 

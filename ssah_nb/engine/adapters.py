@@ -59,6 +59,7 @@ def adapter_parts(
     return names
 
 
+# %% ../../nbs/engine/adapters.ipynb #c24e22ef
 def linears_to_split(
     model: nn.Module,  # an unfrozen model, PEFT-wrapped or not
     plan: dict[str, tuple[torch.Tensor, int]],  # from `frozen_rows_and_columns`

@@ -56,6 +56,7 @@ def project_rows() -> pd.DataFrame:
     return with_one_label(rows.assign(source="project", prompt=""))
 
 
+# %% ../../nbs/engine/agreement.ipynb #d01dbd71
 def pyrit_rows() -> pd.DataFrame:
     "The rows of PyRIT, with the same columns. Raises `SsahError` when its wheel cannot be had."
     source, parts = find_source("pyrit_refusals"), []
@@ -96,6 +97,7 @@ def kappas(labels: np.ndarray, verdicts: np.ndarray) -> np.ndarray:  # booleans 
         return np.where(chance < 1, (agree - chance) / (1 - chance), np.nan)
 
 
+# %% ../../nbs/engine/agreement.ipynb #fc87a726
 def kappa(
     labels: Sequence[bool] | np.ndarray,  # what people say: is it a refusal?
     verdicts: Sequence[bool] | np.ndarray,  # what the judge says
@@ -132,6 +134,7 @@ def best_by_text(rows: pd.DataFrame) -> np.ndarray:
     return (rows.groupby("response").refusal.transform("mean") >= 0.5).to_numpy(bool)
 
 
+# %% ../../nbs/engine/agreement.ipynb #30f4f3da
 def judge_row(labels: np.ndarray, verdicts: np.ndarray) -> dict[str, float]:  # both: refusal?
     "The four counts, kappa and the two false rates of one judge on one group of rows."
     counts = {
@@ -147,6 +150,7 @@ def judge_row(labels: np.ndarray, verdicts: np.ndarray) -> dict[str, float]:  # 
     return row
 
 
+# %% ../../nbs/engine/agreement.ipynb #36efffc3
 def groups_of(rows: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
     "(by, group) -> which rows, for all rows, each source, language and style."
     groups = {("all", "all"): rows.response.notna(), ("all", "one label"): rows.one_label}

@@ -137,6 +137,7 @@ def make_recipe(recipe: dict, mixed: bool, device: torch.device, folder: Path):
     print(f"aligned in {(time.time() - start) / 60:.1f} minutes, kept in the cache", flush=True)
 
 
+# %% ../../nbs/engine/alignment.ipynb #edde21ca
 def aligned_folder(
     device: torch.device,  # where to train
     mixed: bool | None = None,  # multiply in bfloat16; None: where this processor is faster at it
@@ -189,6 +190,7 @@ def aligned_model_of(
     return model, tokenizer
 
 
+# %% ../../nbs/engine/alignment.ipynb #284ee676
 def make_aligned(
     run: Run,  # the run, whose unaligned model is there
     splits: Splits,  # its splits

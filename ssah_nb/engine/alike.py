@@ -25,6 +25,7 @@ def check_scores(scored: Any, square_attention: bool):  # scored: an importance
             )
 
 
+# %% ../../nbs/engine/alike.ipynb #8b8156b0
 def classified(
     safety: Any,  # an importance with its `info`; None: the model is unaligned
     utility: Any,  # another one
@@ -54,6 +55,7 @@ def stated(info: dict) -> dict:  # of a unit map
     return {key: info[key] for key in SCORING + SHARES if key in info} | template
 
 
+# %% ../../nbs/engine/alike.ipynb #f6fa2c8d
 def check_comparable(before: Any, after: Any):  # two unit maps
     "Raise `SsahError` for maps of two models, or of two ways of scoring or classifying."
     one, other = before.info, after.info

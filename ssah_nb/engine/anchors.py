@@ -133,6 +133,7 @@ def behaviour(
     return [heard[name] for name in channels]
 
 
+# %% ../../nbs/engine/anchors.ipynb #998e36aa
 def behaviour_on_all(
     model: PreTrainedModel,  # any model
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`
@@ -190,6 +191,7 @@ def trained_by(model: nn.Module) -> bool:
     return any(id(p) in own for p in held)
 
 
+# %% ../../nbs/engine/anchors.ipynb #4c9d0298
 def check_untrained(model: nn.Module):
     "Raise `SsahError` when the model is being trained."
     if trained_by(model):
@@ -259,6 +261,7 @@ def is_encoded(pair: Any) -> bool:  # anything
     return whole and ids(pair[0]) and ids(pair[1]) and bool(pair[1])
 
 
+# %% ../../nbs/engine/anchors.ipynb #dfd21db2
 def check_facts_of_anchor(info: dict, units: Any, where: str):  # units: the mask of an anchor
     "Raise `SsahError` for options, token ids or a shape that no anchor has."
     options, encoded = info["options"], info["encoded"]
@@ -277,6 +280,7 @@ def check_facts_of_anchor(info: dict, units: Any, where: str):  # units: the mas
         raise SsahError(f"{where} has token ids of another model; it was changed, write it again")
 
 
+# %% ../../nbs/engine/anchors.ipynb #0b26414a
 def references_in(
     tensors: dict[str, torch.Tensor],  # "0.before", "0.mean", ..., "1.before", ...
     encoded: list,  # the token ids of the refusals

@@ -40,6 +40,7 @@ class TokenBatch:
     rows: list[int]  # which pairs these are
 
 
+# %% ../../nbs/engine/batches.ipynb #2eaef29d
 def pad_batch(
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`
     rows: list[int],  # which of them
@@ -112,6 +113,7 @@ def response_losses(
     return F.cross_entropy(logits.float(), wanted, reduction="none")
 
 
+# %% ../../nbs/engine/batches.ipynb #b010b7f4
 def run_blocks(
     model: PreTrainedModel,  # a causal language model, PEFT-wrapped or not
     batch: TokenBatch,  # right-padded pairs

@@ -33,6 +33,7 @@ def save_calibration(run: Run, sets: dict[str, list[dict]], options: dict):
     write_atomic(run.path("calibration.json"), text.encode(), private=True)
 
 
+# %% ../../nbs/engine/calibration.ipynb #b16dcf58
 def read_calibration(run: Run) -> tuple[dict[str, list[dict]], dict]:
     "The pairs and the options that `save_calibration` wrote."
     path = run.path("calibration.json")

@@ -42,6 +42,7 @@ def user_turns(
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
+# %% ../../nbs/engine/chat.ipynb #09f26b49
 def chat_prompts(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str],  # the users' words
@@ -66,6 +67,7 @@ def chat_prompt(
     return chat_prompts(tokenizer, [prompt], system)[0]
 
 
+# %% ../../nbs/engine/chat.ipynb #3c4d69bd
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:  # with a chat template
     "The token that closes an assistant's turn in this chat template."
     return chat_of(tokenizer).end
@@ -101,6 +103,7 @@ def check_words(chat: Chat, row: int, response: str, written: str):
         )
 
 
+# %% ../../nbs/engine/chat.ipynb #38e67532
 def answer_texts(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     pairs: list[dict],  # {"prompt", "response"} rows
@@ -134,6 +137,7 @@ def first_of_response(prompt: list[int], whole: list[int], ends: list[int] | Non
     return next((i for i, end in enumerate(ends) if end > at), len(whole))
 
 
+# %% ../../nbs/engine/chat.ipynb #1256c2c3
 def split_tokens(
     tokenizer: PreTrainedTokenizerBase,  # any
     told: list[tuple[str, str]],  # the text before each answer, and the answer

@@ -67,6 +67,7 @@ def is_large(value: Any) -> bool:
     return isinstance(value, (int, float)) and value > MOST_PARTS
 
 
+# %% ../../nbs/engine/checkpoints.ipynb #04f6149b
 def check_claims(
     config: PretrainedConfig,  # of the model
     held: int,  # numbers in its files
@@ -115,6 +116,7 @@ def check_whole(found: dict):  # what `from_pretrained` says of its loading
         raise SsahError(f"its files lack {lacking[0]}; fetch or save the model again")
 
 
+# %% ../../nbs/engine/checkpoints.ipynb #f01a8942
 def check_index(folder: Path, names: Iterable[str]):  # names: of the files that are there
     "Raise `SsahError` for an index that names weights which are not in the folder."
     path = folder / "model.safetensors.index.json"
@@ -133,6 +135,7 @@ def numbers_in(path: Path, packed: bool) -> int:  # a safetensors file; packed: 
         return sum(math.prod(part.get_shape()) for part in kept)
 
 
+# %% ../../nbs/engine/checkpoints.ipynb #b62ac8d8
 def check_folder(folder: Path) -> int:
     "How many numbers its weights are. Raises `SsahError` as above, and for a wild configuration."
     weights = weight_files(folder)
@@ -216,6 +219,7 @@ def check_blocks(values: dict, names: Iterable[str]):  # names: of the tensors
             raise ValueError(f"it claims {value:,} experts")
 
 
+# %% ../../nbs/engine/checkpoints.ipynb #565d3acb
 def check_stream(walk: Walk) -> int:
     "How many numbers the tensors are. Raises ValueError for a file that claims more than it holds."
     from gguf import GGML_QUANT_SIZES  # here, since only these files need it
@@ -239,6 +243,7 @@ def check_stream(walk: Walk) -> int:
     return sum(numbers)
 
 
+# %% ../../nbs/engine/checkpoints.ipynb #d2acba7c
 def check_gguf(path: Path) -> int:
     "How many numbers a GGUF file holds. Raises `SsahError` for none, ValueError for a broken one."
     if not is_there(path):

@@ -68,6 +68,7 @@ def began_aligned(stages: pd.DataFrame | None) -> bool:  # [model, ...]; None: n
     return stages is not None and "unaligned" not in set(stages.model)
 
 
+# %% ../../nbs/engine/claims.ipynb #55cd56da
 def report_tables(folder: Path) -> dict[str, pd.DataFrame]:  # figures of a run
     "The tables that the report judges. Raises `SsahError` that names a missing one's chapter."
     files = {name: folder / f"{name}.csv" for name in (*TABLES, *FURTHER)}
@@ -140,6 +141,7 @@ def anchoring_rows(
     return pd.DataFrame(found).T
 
 
+# %% ../../nbs/engine/claims.ipynb #113fd4c1
 def protection_rows(
     table: pd.DataFrame | None,  # of the comparison, one row a condition and way; None: not there
 ) -> pd.DataFrame:  # rows such as "plain: anchor_answers"
@@ -179,6 +181,7 @@ def is_left_out(
     return claim["needs"] == "unaligned" and "unaligned" not in rows["stages"].index
 
 
+# %% ../../nbs/engine/claims.ipynb #d3a043d5
 def measure(
     rows: dict[str, pd.DataFrame],  # from `rows_by_name`
     claim: dict,  # a row of `read_claims`
@@ -224,6 +227,7 @@ def for_each_size(claim: dict, table: pd.DataFrame) -> list[dict]:  # table: of 
     ]
 
 
+# %% ../../nbs/engine/claims.ipynb #1ccb199d
 def with_limits(claim: dict, table: pd.DataFrame) -> dict:
     "The claim with what must be measured first: a tenth of a perplexity, the share of coherence."
     words, claimed = claim["claim"], claim["claimed"]

@@ -114,6 +114,7 @@ def relative_differences(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFr
     return off.mask(a.isna() != b.isna(), float("inf"))
 
 
+# %% ../../nbs/engine/comparison.ipynb #8b7bdf64
 def compare_table(name: str, first: pd.DataFrame, second: pd.DataFrame) -> dict:
     "What differs between two forms of one table, as one row."
     if not comparable(first, second):
@@ -153,6 +154,7 @@ def compare_tables(
     return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
+# %% ../../nbs/engine/comparison.ipynb #ab7bb43c
 def all_outside(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> pd.DataFrame:
     "`outside_values` of all tables that can be compared, the farthest first."
     names = [name for name in both(first, second) if comparable(first[name], second[name])]
@@ -205,6 +207,7 @@ def verdict_sentence(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFr
     ]
 
 
+# %% ../../nbs/engine/comparison.ipynb #e29e8b30
 def value_sentence(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> str:
     "How many values lie outside the first run's intervals, and which lies farthest."
     table = compare_tables(first, second)

@@ -56,6 +56,7 @@ def rate_of(outcomes: np.ndarray) -> Estimate:  # 0 and 1
     return wilson(int(outcomes.sum()), len(outcomes))
 
 
+# %% ../../nbs/engine/contrast.ipynb #87737464
 def contrast_report(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template

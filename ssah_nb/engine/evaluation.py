@@ -84,6 +84,7 @@ def said_to(
     return as_responses(responses, len(prompts))
 
 
+# %% ../../nbs/engine/evaluation.ipynb #c6594cb4
 def attack_success(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
@@ -102,6 +103,7 @@ def attack_success(
     return wilson(sum(judged(judge, prompts, said, window)), len(prompts))
 
 
+# %% ../../nbs/engine/evaluation.ipynb #98e13203
 def over_refusal(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
@@ -164,6 +166,7 @@ def perplexity(
     return exp_mean(pair_losses(model, encoded), seed)
 
 
+# %% ../../nbs/engine/evaluation.ipynb #eae3ef02
 def text_perplexity(
     model: PreTrainedModel,  # a causal language model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -242,6 +245,7 @@ def coherence_threshold(
     return float(np.quantile(values[np.isfinite(values)], quantile))
 
 
+# %% ../../nbs/engine/evaluation.ipynb #5bdba739
 def coherence(
     dense_model: PreTrainedModel,  # the model before pruning or training
     tokenizer: PreTrainedTokenizerBase,  # with a chat template

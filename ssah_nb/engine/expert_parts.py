@@ -48,6 +48,7 @@ def together(
     return fused
 
 
+# %% ../../nbs/engine/expert_parts.ipynb #2a688751
 class Together(torch.autograd.Function):
     "`together`, with a gradient for the trained rows."
 
@@ -159,6 +160,7 @@ class SplitExperts(nn.Module):
                 self.fill(name, state_dict[key])
 
 
+# %% ../../nbs/engine/expert_parts.ipynb #0ac3e700
 def with_weights(experts: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
     "The same module with other weights; the given one keeps its own."
     other = copy.copy(experts)

@@ -64,6 +64,7 @@ def shell_of(experts: nn.Module) -> nn.Module:
     return vars(experts).get("shell", experts)
 
 
+# %% ../../nbs/engine/experts.ipynb #1951103b
 def block_experts(layer: nn.Module) -> tuple[str, nn.Module] | None:  # layer: a block
     "The experts of a block and their name in it; None where it has none."
     for mlp in ("mlp", "block_sparse_moe"):
@@ -104,6 +105,7 @@ def check_experts(experts: nn.Module, owner: str):  # owner: what the error call
     )
 
 
+# %% ../../nbs/engine/experts.ipynb #0e715ac1
 def expert_units(layer: nn.Module, at: str, owner: str) -> dict:  # at: its name in the model
     "Where a block's experts have their units, as `DepthTwo` names it; {} without. Or `SsahError`."
     found = block_experts(layer)
@@ -149,6 +151,7 @@ def expert_columns(
         return torch.cat([column_sums(w, change) for w in fused_weight(model, name)])
 
 
+# %% ../../nbs/engine/experts.ipynb #03e740a0
 @torch.no_grad()
 def expert_rows(
     model: nn.Module,  # any model
@@ -183,6 +186,7 @@ def run_seen(
     return result
 
 
+# %% ../../nbs/engine/experts.ipynb #1b64a6f8
 ALL_EXPERTS_FUNCTIONS.register("ssah_seen", run_seen)
 
 
@@ -208,6 +212,7 @@ def experts_seen(
             vars(shell).pop("ssah_see", None)
 
 
+# %% ../../nbs/engine/experts.ipynb #b00d5442
 @contextmanager
 def expert_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
     "While open, a pass fills the dict: name -> [tokens, units], 0 for experts not routed to."
@@ -247,6 +252,7 @@ def stray_channels(shell: nn.Module) -> int:  # shell: the experts of a layer
     return int((moved != wanted).sum())
 
 
+# %% ../../nbs/engine/experts.ipynb #145ed4ef
 @torch.no_grad()
 def broken_experts(
     model: nn.Module,  # a causal language model with experts
@@ -276,6 +282,7 @@ def whole_experts(model: nn.Module, name: str) -> nn.Module:  # name: of a fused
     )
 
 
+# %% ../../nbs/engine/experts.ipynb #8e55d28d
 @contextmanager
 def experts_off(
     model: nn.Module,  # restored when the context ends
@@ -302,6 +309,7 @@ def experts_off(
         columns[chosen] = kept
 
 
+# %% ../../nbs/engine/experts.ipynb #64890c00
 def add_answers(
     answers: torch.Tensor,  # [experts, hidden size], one constant an expert
     experts: nn.Module,
@@ -322,6 +330,7 @@ def refuse_held_experts(modules: list, chosen: torch.Tensor):  # MLPs; bool [lay
         )
 
 
+# %% ../../nbs/engine/experts.ipynb #dbeabd49
 def refuse_experts(modules: dict[str, list]):  # modules: of each kind, one a layer
     "Raise `SsahError` when a model with experts is to be cut."
     if any(module.experts for layers in modules.values() for module in layers):

@@ -90,6 +90,7 @@ def cell_text(
     return f"{texts[0]} ({texts[1]} to {texts[2]})" if len(texts) == 3 else texts[0]
 
 
+# %% ../../nbs/engine/figures.ipynb #cf05fd87
 def readable(
     table: pd.DataFrame,  # tidy
     columns: dict[str, str],  # column -> its name for reading; the first becomes the index
@@ -115,6 +116,7 @@ def table_text(value) -> str:  # anything; a float is rounded
     return str(value)
 
 
+# %% ../../nbs/engine/figures.ipynb #a2a7e91a
 def table_figure(
     table: pd.DataFrame,  # at most a few dozen rows, already rounded for reading
 ) -> "plt.Figure":
@@ -125,7 +127,8 @@ def table_figure(
     text = [[table_text(v) for v in row] for row in table.itertuples(index=False)]
     columns = list(zip(*text)) if text else [()] * len(names)
     widths = [max([1.3 * len(n), *map(len, c)]) + 3 for n, c in zip(names, columns)]
-    fig, ax = plt.subplots(figsize=(sum(widths) * 0.085, 0.28 * (len(text) + 1)))
+    fig = plt.figure(figsize=(sum(widths) * 0.085, 0.28 * (len(text) + 1)))
+    ax = fig.add_axes((0, 0, 1, 1))
     ax.axis("off")
     drawn = ax.table(
         text or [[""] * len(names)],

@@ -51,6 +51,7 @@ def has_ended(process: int) -> bool:  # process: its number, on this machine
     return False
 
 
+# %% ../../nbs/engine/files.ipynb #06800d15
 def remove_parts(path: Path):  # path: of a file or a folder
     "Remove what processes that have ended left beside it."
     if os.name != "posix":  # elsewhere signal 0 is not harmless
@@ -83,6 +84,7 @@ def _private_opener(path: str, flags: int) -> int:
     return handle
 
 
+# %% ../../nbs/engine/files.ipynb #9075393a
 def _write_part(path: Path, data: bytes, private: bool):
     "Write what will be `path` beside it, down to the disk."
     make_folder(path.parent, private)
@@ -93,6 +95,7 @@ def _write_part(path: Path, data: bytes, private: bool):
         os.fsync(f.fileno())
 
 
+# %% ../../nbs/engine/files.ipynb #f0e98396
 def write_together(
     files: Mapping[Path, bytes],  # where each file shall be -> its whole content
     private: bool = False,  # True: only this user may read them, and a folder made for them
@@ -117,6 +120,7 @@ def write_together(
                 part_of(path).unlink(missing_ok=True)
 
 
+# %% ../../nbs/engine/files.ipynb #8ba58cb3
 def write_atomic(
     path: str | Path,  # where the file shall be; its folder is made
     data: bytes,  # the whole content

@@ -79,6 +79,7 @@ def rotary_switches(model: nn.Module) -> set[tuple[str, int]]:  # any model
     return found
 
 
+# %% ../../nbs/engine/forward.ipynb #b9ee0c00
 def reset_rotaries(model: nn.Module):
     "Dynamic NTK remembers the longest sequence that it has seen; here it forgets it."
     for module in model.modules():
@@ -115,6 +116,7 @@ def needs_equal_prompts(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
     return has_recurrent_state(model) or not takes_positions or virtual_tokens(model) > 0
 
 
+# %% ../../nbs/engine/forward.ipynb #7097367e
 def sharing(
     model: PreTrainedModel,  # any causal language model, PEFT-wrapped or not
     new_tokens: int = 0,  # tokens that are generated; 0: none, and rows are padded on the right
@@ -134,6 +136,7 @@ def sharing(
     return lambda tokens: tuple(side(kind, switch, tokens) for kind, switch in switches)
 
 
+# %% ../../nbs/engine/forward.ipynb #1aacddf6
 def context_of(model: PreTrainedModel) -> int | None:
     "The longest sequence that the model takes, in tokens; None when it does not say."
     config = model.config.get_text_config()
@@ -175,6 +178,7 @@ def head_sees(
             handle.remove()
 
 
+# %% ../../nbs/engine/forward.ipynb #a96ce87c
 def own_forward(
     model: PreTrainedModel,  # a causal language model, PEFT-wrapped or not
     input_ids: torch.Tensor,  # int64 [rows, tokens], padded on the right

@@ -121,6 +121,7 @@ def prompt_batches(
     return batches
 
 
+# %% ../../nbs/engine/generation.ipynb #c6743dd4
 def greedy_tokens(
     model: PreTrainedModel,  # a causal language model
     encoded: list[list[int]],  # token ids of each prompt
@@ -162,6 +163,7 @@ def begun(
     return [p + q for p, q in encode_pairs(tokenizer, pairs, system, closed=False)]
 
 
+# %% ../../nbs/engine/generation.ipynb #504217a3
 def generate(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template

@@ -109,6 +109,7 @@ def llama_guard_question(
     )
 
 
+# %% ../../nbs/engine/guards.ipynb #cf0ecd94
 def wildguard_question(_, prompt: str, response: str) -> str:
     "WildGuard's instruction with both texts in their places."
     return WILDGUARD_QUESTION.format(prompt=prompt, response=response)
@@ -132,6 +133,7 @@ def wildguard_verdict(answer: str) -> bool | None:
     return {"yes": True, "no": False}.get(said[0]) if len(said) == 1 else None
 
 
+# %% ../../nbs/engine/guards.ipynb #df092d50
 @dataclass(frozen=True)
 class Guard:
     "How a kind of guard is asked, and how its answer is read."
@@ -164,6 +166,7 @@ def answers_of(
     return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in said]
 
 
+# %% ../../nbs/engine/guards.ipynb #71a95b08
 def strongreject_scores(
     model: PreTrainedModel,  # StrongREJECT's evaluator
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer, with a token for each digit
@@ -197,6 +200,7 @@ def settled(
     return [bool(unparsed) if verdict is None else verdict for verdict in verdicts]
 
 
+# %% ../../nbs/engine/guards.ipynb #bc92d401
 def guard_judge(
     model: PreTrainedModel,  # a guard model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer

@@ -58,6 +58,7 @@ def constrained_losses(
     return -2 / betas * F.logsigmoid(betas * (before - losses))
 
 
+# %% ../../nbs/engine/holding.ipynb #4d77bd22
 class Constrained:
     "`token_losses` of `finetune`: the aligned model's losses, kept once, bound each token."
 
@@ -115,6 +116,7 @@ def prompt_states(
     return found[0][:, -places.shape[1] :][places.to(found[0].device)].float()
 
 
+# %% ../../nbs/engine/holding.ipynb #5d00050d
 class HiddenAnchor:
     "Holds the last hidden state on refusals. For `anchor=` of `finetune`."
 
@@ -166,6 +168,7 @@ def same_input(modules: dict[str, list]) -> dict[str, list[str]]:
     return groups
 
 
+# %% ../../nbs/engine/holding.ipynb #d80fe362
 def in_portions(model: nn.Module, names: list[str]) -> Iterator[list[str]]:
     "The names in portions whose matrices XᵀX fit into `ROOM`, one name at least."
     portion: list[str] = []
@@ -179,6 +182,7 @@ def in_portions(model: nn.Module, names: list[str]) -> Iterator[list[str]]:
     yield portion
 
 
+# %% ../../nbs/engine/holding.ipynb #966c7841
 def input_squares(
     model: PreTrainedModel,  # any supported model
     names: list[str],  # of linears
@@ -302,6 +306,7 @@ def gradient_copy(
     return slopes
 
 
+# %% ../../nbs/engine/holding.ipynb #49dd9e79
 def unit_means(
     model: PreTrainedModel,  # any supported model
     module,  # one of its depth-2 modules
@@ -318,6 +323,7 @@ def unit_means(
     return total.view(-1, module.width).mean(1) / count
 
 
+# %% ../../nbs/engine/holding.ipynb #d72b0928
 def unit_gradients(
     model: PreTrainedModel,  # any supported model
     modules: dict[str, list],  # its depth-2 modules, of each kind one a layer

@@ -25,6 +25,7 @@ __all__ = [
 import re
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -79,6 +80,7 @@ def markdown_table(table: pd.DataFrame) -> str:  # small
     return "\n".join(f"| {' | '.join(map(table_text, row))} |" for row in rows)
 
 
+# %% ../../nbs/engine/hub.ipynb #47c10143
 def flattened(info: dict, under: str = "") -> Iterator[tuple[str, str]]:
     "Each fact with its name; what lies in a dict is named after it."
     for name, value in info.items():
@@ -90,6 +92,7 @@ def flattened(info: dict, under: str = "") -> Iterator[tuple[str, str]]:
         yield f"{under}{name}", text if len(text) <= 100 else f"{text[:100]} …"
 
 
+# %% ../../nbs/engine/hub.ipynb #b004f8cd
 def card_of(
     called: str,  # what the thing is
     kept_as: str,  # name of its files
@@ -110,6 +113,7 @@ def card_of(
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
+# %% ../../nbs/engine/hub.ipynb #f66dde7e
 def how_to_read(kept_as: str) -> str:  # name of the files
     "A line of Python for the card."
     kind = KINDS.get(kept_as)
@@ -153,6 +157,7 @@ def place_of(
     return Path(found)
 
 
+# %% ../../nbs/engine/hub.ipynb #f5919fd9
 def missing_from(name: str | Path, folder: Path, kept_as: str, called: str) -> str:
     "What to say when the files are not there."
     others = [c for file, c in KINDS.items() if is_there(folder / f"{file}.json")]
@@ -162,9 +167,9 @@ def missing_from(name: str | Path, folder: Path, kept_as: str, called: str) -> s
     return f"no {called} in {name}; {advice}"
 
 
-def check_kind(info: dict, called: str, where: str):  # info: loses what is checked
+def check_kind(info: dict, called: str, where: str):  # info: from the file
     "Raise `SsahError` for another kind of thing, or one of a later format."
-    kind, form = info.pop("kind", called), info.pop("format", FORMAT)
+    kind, form = info.get("kind", called), info.get("format", FORMAT)
     kinds: dict[str, Any] = {"base": dict, "calibration": (list, dict), "versions": dict}
     for fact, types in kinds.items():
         if fact in info and not isinstance(info[fact], types):
@@ -228,9 +233,10 @@ class Shared:
         "Read it again. Raises `SsahError` for what is missing, spoilt, or of another model."
         place = place_of(folder, cls.kept_as, revision, token)
         missing = missing_from(folder, place, cls.kept_as, cls.called)
-        tensors, info = load_tensors(place, cls.kept_as, missing, cls.needs)
         where = f"the {cls.called} in {folder}"
-        check_kind(info, cls.called, where)
+        check = partial(check_kind, called=cls.called, where=where)
+        tensors, info = load_tensors(place, cls.kept_as, missing, cls.needs, check)
+        info = {name: fact for name, fact in info.items() if name not in ("kind", "format")}
         base: Any = info.get("base")
         thing = cls.from_files(tensors, info, where)
         if model is not None:

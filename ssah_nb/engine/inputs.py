@@ -51,6 +51,7 @@ def is_missing(value) -> bool:  # a cell of a table
     return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
 
 
+# %% ../../nbs/engine/inputs.ipynb #eff4adaf
 def as_text(
     value,  # what should be a text
     row: str,  # where it stands, e.g. "pair 3"
@@ -92,6 +93,7 @@ def is_message(value) -> bool:
     )
 
 
+# %% ../../nbs/engine/inputs.ipynb #6a05e42f
 def are_named_sets(given) -> bool:  # what a user passed
     "Whether this is a dict of several sets of rows, and no dict of columns."
     if not isinstance(given, Mapping) or not given or set(given) & set(COLUMNS):
@@ -105,6 +107,7 @@ def are_named_sets(given) -> bool:  # what a user passed
     )
 
 
+# %% ../../nbs/engine/inputs.ipynb #d23c460b
 def rows_of_columns(table: Mapping, what: str) -> list[dict]:  # what: the rows, for the error
     "A dict of columns as rows. Raises `SsahError` for one row alone, or uneven columns."
     if are_named_sets(table):
@@ -185,6 +188,7 @@ def one_turn(messages, row: str) -> dict:  # a conversation; row: where it stand
     return said
 
 
+# %% ../../nbs/engine/inputs.ipynb #cad78b83
 def parts_of(row, where: str, needed: Iterable[str]) -> Mapping:  # needed: "prompt", "response"
     "A row with all needed parts. Raises `SsahError` with the columns that it has instead."
     if isinstance(row, str) or is_missing(row):
@@ -233,6 +237,7 @@ def as_prompts(
     return [as_text(parts_of(row, at, ["prompt"])["prompt"], at, "prompt") for at, row in named]
 
 
+# %% ../../nbs/engine/inputs.ipynb #17f0f55e
 def as_pairs(
     pairs: Iterable[dict],  # {"prompt", "response"} rows, in any container of `as_rows`
     needs_response: bool = True,  # False: a row without a response gets ""
@@ -267,6 +272,7 @@ def as_responses(
     return said
 
 
+# %% ../../nbs/engine/inputs.ipynb #7ab02183
 def as_texts(
     texts: str | Iterable[str | dict],  # one text, or paragraphs: strings, or rows with "text"
 ) -> list[str]:
@@ -278,6 +284,7 @@ def as_texts(
     return found
 
 
+# %% ../../nbs/engine/inputs.ipynb #6f9efc65
 def as_verdicts(
     verdicts: Iterable[bool],  # what a judge returned
     n: int,  # how many responses it was asked about
@@ -295,6 +302,7 @@ def as_verdicts(
     return list(map(bool, rows))
 
 
+# %% ../../nbs/engine/inputs.ipynb #b10e62a3
 def as_preferences(
     rows: Iterable[dict],  # {"prompt", "chosen", "rejected"} rows, in any container of `as_rows`
 ) -> list[dict]:

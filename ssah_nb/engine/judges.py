@@ -92,6 +92,7 @@ def named_judge(judge: Judge) -> Judge:  # phrases or a function, which stay as 
     return JUDGES[judge]
 
 
+# %% ../../nbs/engine/judges.ipynb #6dbc21a7
 def check_judge(judge: Judge):  # what a user gave
     "Raise `SsahError` for an unknown name or phrases that are none, before a model is asked."
     judge = named_judge(judge)
@@ -131,6 +132,7 @@ def judged(
     return [not holds_one(response, judge, window) for response in responses]
 
 
+# %% ../../nbs/engine/judges.ipynb #6389a290
 def is_refusal(
     response: str,  # what the model said
     keywords: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases of your own

@@ -42,6 +42,7 @@ def check_limits(**named: int | None):  # each a whole number of at least 1, or 
             )
 
 
+# %% ../../nbs/engine/limits.ipynb #45e70bf4
 def check_seed(seed: int):  # of some choice
     "Raise `SsahError` for a seed that is no whole number from 0 to 2³² − 1, as NumPy takes it."
     if not is_whole(seed) or not 0 <= seed < 2**32:

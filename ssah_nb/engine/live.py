@@ -101,6 +101,7 @@ def read_only(live: LiveTensor, *, force: bool = False) -> np.ndarray:
     return array
 
 
+# %% ../../nbs/engine/live.ipynb #6065ba26
 def write_all(live: LiveTensor, new: torch.Tensor):
     "`live.data = new`: a parameter takes it over, an entry of a state dict would not."
     if not live.settable:

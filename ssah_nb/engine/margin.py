@@ -95,6 +95,7 @@ def prefix_free(openings: Iterable[Sequence[int]]) -> list[Tokens]:
     return kept
 
 
+# %% ../../nbs/engine/margin.ipynb #07653f70
 def opening_tokens(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     openings: str | Iterable[str],  # how a response may begin
@@ -117,6 +118,7 @@ def opening_tokens(
     return prefix_free(found)
 
 
+# %% ../../nbs/engine/margin.ipynb #fdeb4d8a
 def both_openings(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     refusals: Iterable[str],  # how a refusal begins
@@ -152,6 +154,7 @@ def can_branch(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
     return attention and "past_key_values" in inspect.signature(base.forward).parameters
 
 
+# %% ../../nbs/engine/margin.ipynb #ce218ddd
 def branching_logits(
     model: PreTrainedModel,  # a causal language model for which `can_branch` holds
     prompts: torch.Tensor,  # int64 [prompts, tokens]
@@ -174,6 +177,7 @@ def branching_logits(
     return torch.cat([start.repeat_interleave(many, 0), then], 1).unflatten(0, (n, many))
 
 
+# %% ../../nbs/engine/margin.ipynb #c991617c
 def head_logits(
     model: PreTrainedModel,  # a causal language model
     prompts: torch.Tensor,  # int64 [prompts, tokens]
@@ -212,6 +216,7 @@ def read_sequences(
     return torch.stack(scores, 1)
 
 
+# %% ../../nbs/engine/margin.ipynb #b9ce58e2
 def same_length(encoded: list[list[int]], batch_size: int) -> list[list[int]]:
     "Rows in batches of prompts with equally many tokens."
     rows: dict[int, list[int]] = {}
@@ -224,6 +229,7 @@ def same_length(encoded: list[list[int]], batch_size: int) -> list[list[int]]:
     ]
 
 
+# %% ../../nbs/engine/margin.ipynb #82846bbf
 def sequence_log_probabilities(
     model: PreTrainedModel,  # a causal language model
     encoded: list[list[int]],  # token ids of each prompt
@@ -265,6 +271,7 @@ def refusal_margins(
     return log_sum(scores[:, : len(no)], axis=1) - log_sum(scores[:, len(no) :], axis=1)
 
 
+# %% ../../nbs/engine/margin.ipynb #f5b8e348
 def refusal_margin(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template

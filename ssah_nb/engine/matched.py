@@ -60,6 +60,7 @@ class Average:
         copy_into(self.parameters, self.values)
 
 
+# %% ../../nbs/engine/matched.ipynb #3c672b87
 @torch.no_grad()
 def copy_into(parameters: list[nn.Parameter], values: list[torch.Tensor]):
     "Overwrite parameters in place."
@@ -85,6 +86,7 @@ def finetune_part(
     return history.attrs["seconds"], history.attrs["optimizer_bytes"] / 1e6
 
 
+# %% ../../nbs/engine/matched.ipynb #9efa7942
 def finetune_until(
     model: PreTrainedModel,  # trained in place, whatever of it has requires_grad
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer

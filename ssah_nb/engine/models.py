@@ -154,6 +154,7 @@ def without_origin(quantized: PreTrainedModel, dtype: torch.dtype) -> PreTrained
     return model
 
 
+# %% ../../nbs/engine/models.ipynb #54e346b4
 def load_gguf(
     path: Path,  # a .gguf file
     dtype: torch.dtype,  # of the weights after dequantization
@@ -217,6 +218,7 @@ def load_pretrained(
         ) from None
 
 
+# %% ../../nbs/engine/models.ipynb #7a4f5a0a
 def check_finite(model: nn.Module):  # any model
     "Raise `SsahError` naming the first weight that holds NaN or infinity."
     for name, weight in model.named_parameters():
@@ -273,6 +275,7 @@ def replace_folder(new: Path, folder: Path, aside: Path):
             os.replace(aside, folder)
 
 
+# %% ../../nbs/engine/models.ipynb #ae817230
 def save_model(
     model: PreTrainedModel,  # an ordinary (merged) model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -310,6 +313,7 @@ def given_stage(run: Run) -> str:
     return taken
 
 
+# %% ../../nbs/engine/models.ipynb #61b2512c
 def stage_name(run: Run, stage: str) -> str | Path:
     "What `load_model` takes for a stage of this run."
     folder = run.path("models", stage)
@@ -331,6 +335,7 @@ def stage_name(run: Run, stage: str) -> str | Path:
     )
 
 
+# %% ../../nbs/engine/models.ipynb #d8b1a94d
 def load_stage(
     run: Run,  # the run; it knows device, dtype and whether to multiply in bfloat16
     stage: str,  # "unaligned" (00_start), "aligned" (02_probe), "finetuned" (05_transfer)

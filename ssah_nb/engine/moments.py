@@ -89,6 +89,7 @@ def in_one_kernel(x: torch.Tensor) -> Moments:  # [tokens, channels], any float 
     return Moments(len(x), mean.double(), variance.double() * len(x))
 
 
+# %% ../../nbs/engine/moments.ipynb #e6331654
 def add_tokens(
     moments: Moments,  # changed in place
     pieces: Iterable[torch.Tensor],  # each [tokens, channels], any float dtype
@@ -176,6 +177,7 @@ def weight_of(
     return sum((linear.get_delta_weight(a) for a in unmerged), start=weight)
 
 
+# %% ../../nbs/engine/moments.ipynb #5b0b4211
 def column_sums(
     weight: torch.Tensor,  # [rows, columns]
     change: Callable,  # an in-place operation, e.g. torch.Tensor.square_
@@ -255,6 +257,7 @@ def check_statistics(tensors: dict, info: dict, where: str):  # what was read, a
             raise SsahError(f"{where} has a {name!r} that cannot be; write it again")
 
 
+# %% ../../nbs/engine/moments.ipynb #1c9b7efb
 def statistics_of(
     tensors: dict,  # from `statistics_files`
     info: dict,  # from `statistics_files`

@@ -62,6 +62,7 @@ def is_there(path: str | Path) -> bool:
     return os.path.exists(path)
 
 
+# %% ../../nbs/engine/opening.ipynb #610dc57c
 def plain_size(path: str | Path) -> int:
     "The bytes of a plain file. Raises `SsahError` for none, and for a folder, pipe or device."
     try:
@@ -75,6 +76,7 @@ def plain_size(path: str | Path) -> int:
     return found.st_size
 
 
+# %% ../../nbs/engine/opening.ipynb #56bd7b0a
 def open_plain(
     path: str | Path,
     most: int,  # bytes
@@ -103,6 +105,7 @@ def unpacked(
     return content
 
 
+# %% ../../nbs/engine/opening.ipynb #fe133d33
 def read_bytes(
     path: str | Path,
     most: int = MOST["rows"],  # bytes, also after unpacking
@@ -118,6 +121,7 @@ def read_bytes(
         raise SsahError(f"cannot read {path} ({reason(e)}); fetch or write it again") from None
 
 
+# %% ../../nbs/engine/opening.ipynb #4c32d106
 def read_text(
     path: str | Path,
     most: int = MOST["rows"],  # bytes, also after unpacking
@@ -155,6 +159,7 @@ def check_value(
         raise ValueError("a number in it is NaN or infinite")
 
 
+# %% ../../nbs/engine/opening.ipynb #fc2bd0d2
 def check_nested(
     value: Any,  # from a parser
     finite: bool,  # whether numbers must be finite
@@ -176,6 +181,7 @@ def check_nested(
         level, depth = [*names, *inner], depth + 1
 
 
+# %% ../../nbs/engine/opening.ipynb #e94fdd86
 def parse_json(
     text: str,
     finite: bool = True,  # False: NaN and infinity are let in
@@ -214,6 +220,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(e).split())) from None
 
 
+# %% ../../nbs/engine/opening.ipynb #34eef3e4
 def read_json(
     path: str | Path,
     kind: type = dict,  # what it must hold: dict or list

@@ -45,6 +45,7 @@ def sample(weight: torch.Tensor) -> bytes:  # of any shape
     return flat.to("cpu", dtype, copy=True).view(torch.uint8).numpy().tobytes()
 
 
+# %% ../../nbs/engine/origin.ipynb #d4c847b0
 def weights_hash(model: nn.Module) -> str | None:  # any model
     "A digest of its weights, the same in float32 and bfloat16; None where they are elsewhere."
     digest = hashlib.sha256()
@@ -82,6 +83,7 @@ def encoded_again(batches: list[TokenBatch]) -> list[Encoded]:
     return [pairs[row] for row in sorted(pairs)]
 
 
+# %% ../../nbs/engine/origin.ipynb #9ac5e6ca
 def versions_here() -> dict[str, str]:
     "The versions of the packages that a number depends on."
     found = {}
@@ -105,6 +107,7 @@ def base_of(model: PreTrainedModel) -> dict:
     }
 
 
+# %% ../../nbs/engine/origin.ipynb #d669e496
 def origin(model: PreTrainedModel, encoded: Iterable[Encoded]) -> dict:
     "What is kept with something that was made on this model by these texts."
     made = {"base": base_of(model), "calibration": [texts_hash(encoded)]}
@@ -119,6 +122,7 @@ def named_base(base: dict) -> str:  # from `base_of`
     return f"{name} ({revision}weights {base.get('weights')})"
 
 
+# %% ../../nbs/engine/origin.ipynb #5f7763f6
 def check_base(
     base: dict | None,  # what a thing says of its model, from `base_of`
     model: PreTrainedModel,  # what it shall be used on

@@ -92,6 +92,7 @@ def all_draws(n: int) -> np.ndarray:
     return (picks[:, :, None] == np.arange(n)).sum(1).astype(float)
 
 
+# %% ../../nbs/engine/paired.ipynb #d3cb7975
 def resampled(
     d: np.ndarray,  # [orders, prompts]
     w: np.ndarray,  # [prompts], weights

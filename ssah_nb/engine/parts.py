@@ -270,6 +270,7 @@ def permutable_linears(
     return found
 
 
+# %% ../../nbs/engine/parts.ipynb #a58875d8
 def split_all(
     model: nn.Module,  # changed in place, its function is not
     plan: dict[str, tuple[torch.Tensor, int]],  # from `linears_to_split`
@@ -320,6 +321,7 @@ def builds_adapter(parent: nn.Module, name: str, module: nn.Module) -> bool:
     return further or of_peft(parent) or of_peft(module)
 
 
+# %% ../../nbs/engine/parts.ipynb #7008ca99
 def refuse_late_adapter(parent: nn.Module, name: str, module: nn.Module | None):
     "Raise `SsahError` when an adapter is built into a frozen model."
     marked = [m for m in (parent, module) if m is not None and "ssah_frozen" in vars(m)]
@@ -355,6 +357,7 @@ def outside(
     ]
 
 
+# %% ../../nbs/engine/parts.ipynb #f7c0e9a7
 def check_trains(
     model: nn.Module,  # an unfrozen model
     plan: dict[str, tuple[torch.Tensor, int]],  # from `linears_to_split`

@@ -65,6 +65,7 @@ def preferences(
     ]
 
 
+# %% ../../nbs/engine/preferences.ipynb #5e86675e
 def sequence_log_probabilities(
     model: PreTrainedModel,  # a causal language model
     batch: TokenBatch,  # right-padded pairs
@@ -101,6 +102,7 @@ def preference_batches(answers: Answers, batch_size: int, chosen: random.Random)
     return training_batches(both, batch_size, chosen)
 
 
+# %% ../../nbs/engine/preferences.ipynb #70b0eb2b
 def answer_log_probabilities(
     model: PreTrainedModel,  # a causal language model
     answers: Answers,  # of all rows
@@ -143,6 +145,7 @@ def all_margins(
     return margins
 
 
+# %% ../../nbs/engine/preferences.ipynb #d987eeff
 def reference_margins(
     model: PreTrainedModel,  # the reference
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer

@@ -66,6 +66,7 @@ def few_tokens(model: nn.Module) -> torch.Tensor:  # a causal language model
     return (len(weight) // 2 + torch.arange(8, device=device)[None]) % len(weight)
 
 
+# %% ../../nbs/engine/proof.ipynb #3b6d3880
 @torch.no_grad()
 def trial_states(model: nn.Module) -> torch.Tensor:  # a causal language model
     "The last states of a few tokens, [1, 8, hidden size], float32. Raises `SsahError`."
@@ -107,6 +108,7 @@ def shaken(model: nn.Module, rows: Rows) -> Iterator[None]:
         yield
 
 
+# %% ../../nbs/engine/proof.ipynb #05c96e9b
 @contextmanager
 def channels_off(model: nn.Module, off: Rows) -> Iterator[None]:  # channels in place of rows
     "Inside, these inputs of these linears are zero."
@@ -150,6 +152,7 @@ def rows_of(parts: tuple, channels: slice) -> Rows:  # parts: (linear, its first
     return rows
 
 
+# %% ../../nbs/engine/proof.ipynb #0502577d
 def group_rows(module: Any, unit: int) -> Rows:  # a `DepthTwo`, and one of its units
     "All rows of a unit's group: of all its units, and of its keys and values."
     group, place = group_of(module, unit), unit // module.group
@@ -175,6 +178,7 @@ def owner(module: Any) -> str:  # a `DepthTwo`
     return module.b.rpartition(".")[0]
 
 
+# %% ../../nbs/engine/proof.ipynb #41dd8b31
 def recorded(
     model: nn.Module,  # a causal language model
     modules: list,  # some of its `DepthTwo`s
@@ -196,6 +200,7 @@ def recorded(
         return calls, trial_states(model)
 
 
+# %% ../../nbs/engine/proof.ipynb #88aee361
 def entered_again(model: nn.Module, module: Any, call: Call, rows: Rows) -> torch.Tensor:
     "What enters B when the module is called again while some rows are shaken."
     seen: list[torch.Tensor] = []
@@ -234,6 +239,7 @@ def check_moved(model: nn.Module, module: Any, moved: torch.Tensor, own: slice, 
         )
 
 
+# %% ../../nbs/engine/proof.ipynb #45575362
 def prove_rows(model: nn.Module, module: Any, call: Call):
     "Raise `SsahError` when a unit's rows move other channels, or not its own."
     still = entered_again(model, module, call, {})
@@ -315,6 +321,7 @@ def ends_of_each_kind(model: nn.Module, modules: list) -> list:  # modules: `Dep
     return [m for alike in kinds.values() for m in (alike[0], *alike[1:][-1:])]
 
 
+# %% ../../nbs/engine/proof.ipynb #9c336576
 def can_run(model: nn.Module, modules: list) -> bool:  # modules: its `DepthTwo`s
     "Whether the model holds weights that can be multiplied; an offloaded one has them elsewhere."
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
@@ -324,6 +331,7 @@ def can_run(model: nn.Module, modules: list) -> bool:  # modules: its `DepthTwo`
     return all(b.weight.dtype in ordinary for b in every if type(b) is nn.Linear)
 
 
+# %% ../../nbs/engine/proof.ipynb #3a1aaae7
 @torch.no_grad()
 def try_model(model: nn.Module, modules: list, experts: list) -> bool:  # all its `DepthTwo`s
     "Whether the trial could be made. Raises `SsahError` when one of the sentences is not true."
@@ -346,6 +354,7 @@ def try_model(model: nn.Module, modules: list, experts: list) -> bool:  # all it
     return True
 
 
+# %% ../../nbs/engine/proof.ipynb #921546e7
 def prove(
     model: nn.Module,  # a causal language model; its weights are not touched
     modules: dict[str, list],  # its depth-2 modules by their names, {kind: one a layer}

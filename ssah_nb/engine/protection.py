@@ -76,6 +76,7 @@ def unused_prompts(
     return [prompt for prompt in prompts if prompt not in used]
 
 
+# %% ../../nbs/engine/protection.ipynb #798edd3a
 def even_sample(pairs: list[dict], most: int) -> list[dict]:
     "At least so many of the pairs, evenly spread; all where there are fewer."
     return pairs[:: max(1, len(pairs) // most)]
@@ -219,6 +220,7 @@ def kept_case(run: Run, case: Case, print_of: str) -> dict | None:  # print_of: 
     return kept if kept.get("fingerprint") == print_of else None
 
 
+# %% ../../nbs/engine/protection.ipynb #a7c72a34
 def run_cases(
     run: Run,  # whose folder keeps the cases
     cases: Sequence[Case],  # what to run
@@ -269,6 +271,7 @@ class Condition:
     data: str = ""  # another source of benign pairs, a key of `SOURCES`; "": those of the run
 
 
+# %% ../../nbs/engine/protection.ipynb #9273c7e0
 CONDITIONS = {
     "plain": Condition(),
     "three times the steps": Condition(steps=3),
@@ -289,6 +292,7 @@ def poison_size(
     return round(benign * share / (1 - share))
 
 
+# %% ../../nbs/engine/protection.ipynb #d535d128
 def harmful_pairs(
     run: Run,  # whose folder keeps them
     prompts: list[str],  # that are not asked

@@ -56,6 +56,7 @@ def parse_csv(text: str, header: bool) -> list[dict]:
     return rows
 
 
+# %% ../../nbs/engine/reading.ipynb #9455bbf3
 def lines(text: str) -> list[str]:
     "The lines that hold something; only a line feed ends one."
     return [line for line in text.split("\n") if line.strip()]
@@ -95,6 +96,7 @@ def checked_rows(parsed) -> list[dict]:  # what a parser gave
     return [row["doc"] if isinstance(row.get("doc"), Mapping) else row for row in rows]
 
 
+# %% ../../nbs/engine/reading.ipynb #45300a7c
 def read_rows(
     path: Path,  # a .csv, .json, .jsonl, .jsonl.gz, .prompt (YAML) or .txt file
     header: bool = True,  # False: a .csv file of prompts only, with no line of column names
@@ -143,6 +145,7 @@ def cell(row: dict, column: str, turn: int, strip: bool) -> str:  # turn: of a c
     return text.strip() if strip else text
 
 
+# %% ../../nbs/engine/reading.ipynb #b671d727
 def spoken(row: dict, at: str) -> dict:  # at: the row's name, for the error
     "A row with a conversation of dicts gets a prompt and a response. Raises as `one_turn`."
     if {"prompt", "response"} <= row.keys():

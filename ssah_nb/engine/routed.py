@@ -39,6 +39,7 @@ def counted(
     return torch.isin(tokens, rows.to(tokens.device)).nonzero().squeeze(1)
 
 
+# %% ../../nbs/engine/routed.ipynb #d1b3a50d
 def never_reached(moments: dict[str, list[Moments]]) -> torch.Tensor | None:
     "Which MLP units no token reached, bool [layers, units]; None where every token reaches all."
     layers = moments.get("mlp") or []
@@ -71,6 +72,7 @@ def reached_zscore(
     return torch.where(never, lowest, z)
 
 
+# %% ../../nbs/engine/routed.ipynb #d498e0e6
 def level(
     scores: tuple[torch.Tensor, torch.Tensor],  # MLP z-scores of two sets, [layers, units]
     never: tuple[torch.Tensor | None, torch.Tensor | None],  # units that the set did not reach

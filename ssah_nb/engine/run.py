@@ -83,6 +83,7 @@ def pick_device(
     return torch.device(device)
 
 
+# %% ../../nbs/engine/run.ipynb #6e43b94b
 def pick_dtype(
     dtype: str | torch.dtype,  # "auto", "float32", "bfloat16", "float16" or a torch dtype
     device: torch.device,  # where the model will live
@@ -273,6 +274,7 @@ def processor(
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+# %% ../../nbs/engine/run.ipynb #b94b5bee
 def versions() -> dict[str, str]:
     "What a result's last digits depend on: the versions, and the processor."
     found = {
@@ -298,6 +300,7 @@ def read_run_table(run: Run, name: str) -> pd.DataFrame:  # name: without its en
     return read_table(path)
 
 
+# %% ../../nbs/engine/run.ipynb #9b670bbe
 def finish_run(
     run: Run,
     model: torch.nn.Module | None = None,  # the chapter's model, for its device and dtype

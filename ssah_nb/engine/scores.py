@@ -128,6 +128,7 @@ def collect_moments(
     return {kind: [by_name[m.b] for m in layers] for kind, layers in modules.items()}
 
 
+# %% ../../nbs/engine/scores.ipynb #0a3789f4
 def score_channels(
     method: Method,  # the formula
     moments: dict[str, list[Moments]],  # one a layer and kind; empty for a method without data
@@ -195,6 +196,7 @@ def check_same_scoring(a: Statistics, b: Statistics):
         )
 
 
+# %% ../../nbs/engine/scores.ipynb #6057bd32
 def both_together(a: Any, b: Statistics) -> Any:  # of the class of `a`
     "The scores on both data sets. Raises `SsahError` for another model or method."
     check_same_scoring(a, b)
@@ -260,6 +262,7 @@ def check_request(
         )
 
 
+# %% ../../nbs/engine/scores.ipynb #579a7d25
 def kept_tokens(names: Iterable[str], max_response: int | dict | None) -> dict:
     "How many tokens of a response each set keeps."
     kept = max_response if isinstance(max_response, dict) else dict.fromkeys(names, max_response)

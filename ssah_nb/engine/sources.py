@@ -385,18 +385,9 @@ HUB_BENIGN = [
 ]
 
 # %% ../../nbs/engine/sources.ipynb #sources-012
-SOURCES = {
-    source.name: source
-    for source in (
-        *HARMFUL_SOURCES,
-        *BENIGN_SOURCES,
-        JUDGE_SOURCE,
-        MODEL_SOURCE,
-        *task_sources(),
-        *HUB_EVALUATION,
-        *HUB_BENIGN,
-    )
-}
+SOURCES = {source.name: source for source in (*HARMFUL_SOURCES, *BENIGN_SOURCES)}
+SOURCES |= {source.name: source for source in (JUDGE_SOURCE, MODEL_SOURCE, *task_sources())}
+SOURCES |= {source.name: source for source in (*HUB_EVALUATION, *HUB_BENIGN)}
 
 
 def find_source(name: str) -> Source:  # a key of SOURCES
@@ -411,6 +402,7 @@ def find_source(name: str) -> Source:  # a key of SOURCES
     return source
 
 
+# %% ../../nbs/engine/sources.ipynb #5076d155
 def pinned(source: Source) -> tuple[str, str]:  # "name==version", and its sha256
     "The wheel of a source, and its hash. Raises `SsahError` when WHEELS does not have it."
     if source.wheel not in WHEELS:

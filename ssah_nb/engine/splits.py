@@ -99,6 +99,7 @@ def pairs_of_split(key: tuple[str, str], rows: Iterable[dict]) -> list[dict]:
         raise SsahError(f"split {'/'.join(key)}: {error}") from None
 
 
+# %% ../../nbs/engine/splits.ipynb #2184ae3a
 @dataclass
 class Splits:
     """Disjoint sets of pairs: `splits['harmful', 'evaluate']`.
@@ -178,6 +179,7 @@ def prompt_groups(
     return list(groups.values())
 
 
+# %% ../../nbs/engine/splits.ipynb #be544abc
 def take(
     groups: list[list[dict]],  # one list per prompt
     rows: int,  # how many pairs are wanted
@@ -253,6 +255,7 @@ def harmful_splits(
     return splits
 
 
+# %% ../../nbs/engine/splits.ipynb #48ecf81f
 def benign_splits(
     groups: list[list[dict]],  # from `prompt_groups`
     sizes: dict[str, int],  # rows of each split
@@ -286,6 +289,7 @@ def usable_benign(
     return short
 
 
+# %% ../../nbs/engine/splits.ipynb #08c86e3d
 def make_splits(
     harmful: Iterable[dict] = (),  # pairs to attribute and evaluate on; none: no harmful splits
     benign: Iterable[dict] = (),  # pairs with responses; none: no benign splits

@@ -65,6 +65,7 @@ def questions_of(task: str, limit: int | None) -> "Dataset":  # task: a name in 
     return questions
 
 
+# %% ../../nbs/engine/tasks.ipynb #a993abcb
 def task_definition(task: str, stock: Path, folder: Path) -> dict:
     "The harness's definition of a task, with a local file as its only data."
     files = {"validation": str(folder / f"{task}.parquet")}
@@ -82,6 +83,7 @@ def task_definition(task: str, stock: Path, folder: Path) -> dict:
     }
 
 
+# %% ../../nbs/engine/tasks.ipynb #47157fb2
 def check_tasks(tasks: Sequence[str]):  # names in `STOCK_TASKS`
     "Raise `SsahError` for a single string, no task, an unknown one, or one that stands twice."
     if isinstance(tasks, str):
@@ -93,6 +95,7 @@ def check_tasks(tasks: Sequence[str]):  # names in `STOCK_TASKS`
         raise SsahError(f"the tasks are {', '.join(tasks) or 'none'}; name each once, at least one")
 
 
+# %% ../../nbs/engine/tasks.ipynb #c839e81c
 def write_tasks(
     tasks: Sequence[str],  # names in `STOCK_TASKS`
     folder: Path,  # gets one definition per task, its questions, and the harness's copies of them
@@ -144,6 +147,7 @@ def harness_of(
         )
 
 
+# %% ../../nbs/engine/tasks.ipynb #b8e568a2
 def score_row(task: str, found: dict) -> dict:  # found: what the harness returned
     "Accuracy with Wilson's interval."
     n, scores = found["n-samples"][task]["effective"], found["results"][task]
@@ -152,6 +156,7 @@ def score_row(task: str, found: dict) -> dict:  # found: what the harness return
     return row | {"acc_norm": scores.get("acc_norm,none", math.nan)}
 
 
+# %% ../../nbs/engine/tasks.ipynb #e11644d9
 def zero_shot(
     model: PreTrainedModel,  # a causal language model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer

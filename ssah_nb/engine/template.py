@@ -90,6 +90,7 @@ def variables_of(template: str) -> set[str]:
     return meta.find_undeclared_variables(parsed)
 
 
+# %% ../../nbs/engine/template.ipynb #3cc3c01d
 def dated(template: str, date: str) -> str:  # date: YYYY-MM-DD
     "The template with this date in place of today's. Raises `SsahError` where it cannot be put."
     day = calendar_date.fromisoformat(date)
@@ -141,6 +142,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
     return max(known, key=len) if known else (text.split() or [tokenizer.eos_token or ""])[0]
 
 
+# %% ../../nbs/engine/template.ipynb #9da9d245
 def answer_place(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict:
     "What stands around an answer, as fields of `Chat`. Raises `SsahError` where words get lost."
     [prompt] = render(tokenizer, chat, [talk_of("user")], True)
@@ -197,6 +199,7 @@ def call_variables(template: str, wishes: dict) -> tuple[dict, bool]:
     return given | {name: thinking for name in SWITCHES if name in known}, thinking
 
 
+# %% ../../nbs/engine/template.ipynb #9a3f9201
 def read_chat(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     wishes: dict,  # options, as `chat_options` takes them
@@ -217,6 +220,7 @@ def read_chat(
     return Chat(**facts, bos=forgotten_bos(tokenizer, chat))
 
 
+# %% ../../nbs/engine/template.ipynb #33c4a9a1
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:  # with a chat template
     "How this tokenizer's template is filled in; tried again only when something changed."
     chat = getattr(tokenizer, "ssah_chat", None)
@@ -241,6 +245,7 @@ def chat_record(tokenizer: PreTrainedTokenizerBase) -> dict:  # with a chat temp
     }
 
 
+# %% ../../nbs/engine/template.ipynb #c92d863a
 def chat_options(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     thinking: bool = False,  # True: answers begin with a thought, where the template knows thoughts

@@ -8,6 +8,7 @@ __all__ = [
     'FACTS',
     'MAY_LACK',
     'FLOATS',
+    'seal_of',
     'save_tensors',
     'is_whole',
     'is_amount',
@@ -20,14 +21,25 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-imports
+import hashlib
 import json
 import torch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from safetensors.torch import save
 from .files import SsahError, write_together
-from .opening import is_there, read_json, read_tensors
+from .opening import is_there, read_bytes, read_json, read_tensors
+
+
+# %% ../../nbs/engine/tensors.ipynb #tensors-seal
+def seal_of(
+    packed: bytes,  # the tensors, as a safetensors file
+    facts: dict,  # what the JSON file says, without its seal
+) -> str:
+    "SHA-256 over the tensors and the facts; the order of the facts does not matter."
+    told = json.dumps(facts, sort_keys=True).encode()
+    return hashlib.sha256(packed + told).hexdigest()
 
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-save
@@ -40,10 +52,12 @@ def save_tensors(
 ) -> Path:
     "Write `name`.safetensors, `name`.json and what stands beside them: all of it, or nothing."
     folder = Path(folder)
-    pieces = {key: value.contiguous() for key, value in tensors.items()}
+    packed = save({key: value.contiguous() for key, value in tensors.items()})
+    facts = json.loads(json.dumps(info))
+    facts["sha256"] = seal_of(packed, facts)
     files = {
-        f"{name}.safetensors": save(pieces),
-        f"{name}.json": json.dumps(info, indent=1).encode(),
+        f"{name}.safetensors": packed,
+        f"{name}.json": json.dumps(facts, indent=1).encode(),
     }
     write_together({folder / n: data for n, data in (files | dict(beside or {})).items()})
     return folder
@@ -65,6 +79,7 @@ def is_text(value) -> bool:  # anything
     return isinstance(value, str)
 
 
+# %% ../../nbs/engine/tensors.ipynb #41f7d990
 SIZES = ("hidden_size", "layers", "channels", "heads", "head_dim", "group", "experts")
 FACTS: dict[
     str, Any
@@ -102,15 +117,18 @@ def check_facts(
             check_facts(value, where, fits)
 
 
+# %% ../../nbs/engine/tensors.ipynb #1d888378
 def load_tensors(
     folder: str | Path,  # where `save_tensors` wrote
     name: str,  # of the two files, without ending
     missing: str,  # what to say when they are not there
     facts: tuple[str, ...] = (),  # facts that must be there
+    check: Callable[[dict], None] = lambda facts: None,  # raises for facts that it refuses
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors and the facts.
 
-    Raises `SsahError` with `missing` when there are none, and for a file that was cut or spoilt."""
+    Raises `SsahError` with `missing` when there are none, and for a file that was cut, spoilt, or
+    changed after it was written."""
     path = Path(folder) / f"{name}.json"
     if not is_there(path):
         raise SsahError(missing)
@@ -118,7 +136,16 @@ def load_tensors(
     if lacking := ", ".join(fact for fact in facts if fact not in info):
         raise SsahError(f"cannot read {path} (it lacks {lacking}); it was changed, write it again")
     check_facts(info, path)
-    return read_tensors(path.with_name(f"{name}.safetensors")), info
+    check(info)
+    kept = path.with_name(f"{name}.safetensors")
+    tensors = read_tensors(kept)
+    seal = info.pop("sha256", None)
+    if seal is not None and seal != seal_of(read_bytes(kept), info):
+        raise SsahError(
+            f"{path} or its tensors were changed after they were written (sha256); write them "
+            "again, or take the sha256 out of the JSON file if that was meant"
+        )
+    return tensors, info
 
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-check
@@ -151,6 +178,7 @@ def check_tensors(
             raise SsahError(f"{where} has NaN or infinity in {name!r}; write it again")
 
 
+# %% ../../nbs/engine/tensors.ipynb #4b5b3254
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -169,6 +197,7 @@ def check_layers(
         raise SsahError(f"{where} is of {found} layers at once; write it again")
 
 
+# %% ../../nbs/engine/tensors.ipynb #57bfd1b3
 def check_codes(
     tensors: dict[str, torch.Tensor],  # from `load_tensors`
     kinds: tuple[str, ...],  # names of the tensors of codes; "order." and a name: what ranks them

@@ -113,6 +113,7 @@ def backward_parts(
     return total
 
 
+# %% ../../nbs/engine/training.ipynb #04ef6ecf
 class Stepper:
     "AdamW on float32 masters of the trained weights; the weights follow, rounded."
 
@@ -166,6 +167,7 @@ def check_loss(losses: list[float], lr: float):  # losses: of all steps so far
         )
 
 
+# %% ../../nbs/engine/training.ipynb #78542224
 def optimize(
     model: PreTrainedModel,  # trained in place, whatever of it has requires_grad
     batches: list[list[int]],  # the rows of each step

@@ -58,6 +58,7 @@ def in_common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
     return first, second
 
 
+# %% ../../nbs/engine/verdicts.ipynb #cb033c90
 def stacked(
     cases: Cases,
     name: str,  # of an outcome, e.g. "harmful"
@@ -97,6 +98,7 @@ def mean_columns(cases: Cases) -> dict[str, float]:
     return row
 
 
+# %% ../../nbs/engine/verdicts.ipynb #46619ed7
 def change_columns(start: dict, cases: Cases) -> dict[str, float]:  # start: the aligned case
     "Each of `CHANGES` with its interval."
     row: dict[str, float] = {}
@@ -146,6 +148,7 @@ def tests_against(full: Cases, cases: Cases) -> dict[str, float]:
     return {"p": clustered_p(theirs, mine), "orders_safer": safer}
 
 
+# %% ../../nbs/engine/verdicts.ipynb #ed47e646
 def done_columns(cases: Cases) -> dict[str, float]:
     "What training took: passes, seconds, memory in MB; and whether the loss was reached."
     done = pd.DataFrame([k["done"] for k in cases])
@@ -174,6 +177,7 @@ def way_row(
     return row | verdict_of(row)
 
 
+# %% ../../nbs/engine/verdicts.ipynb #2cbcc9a9
 def protection_table(
     kept: Cases,  # all cases, full fine-tuning's among them
     start: dict,  # the aligned model's case

@@ -67,6 +67,7 @@ class Way:
         return f"{self.what} ({short})" if short else self.what
 
 
+# %% ../../nbs/engine/ways.ipynb #1ffcf66e
 class Ways(MutableMapping[str, Way]):
     "Ways by name. Before they are first read, a chapter is imported that adds its own."
 
@@ -221,6 +222,7 @@ def replay(case: Case, model: PreTrainedModel) -> dict:
     return {"extra": chosen}
 
 
+# %% ../../nbs/engine/ways.ipynb #bf468a4e
 def constrained_sft(case: Case, model: PreTrainedModel) -> dict:
     "Each token of a training answer has its leash."
     pairs = [*case.pairs, *case.extra]
@@ -336,6 +338,7 @@ def parts_of(thing: Any) -> list:
     return [] if no_data else list(getattr(thing, "__dict__", {}).values())
 
 
+# %% ../../nbs/engine/ways.ipynb #0480d38f
 def held_bytes(
     things: Any,  # what a way brings: tensors, objects, functions, in any container
     model: nn.Module,  # whose own weights do not count

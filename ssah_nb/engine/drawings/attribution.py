@@ -77,6 +77,7 @@ def draw_plane(ax: plt.Axes, x: pd.Series, y: pd.Series, marked: pd.Series | Non
     ax.minorticks_off()
 
 
+# %% ../../../nbs/engine/drawings/attribution.ipynb #b00031cf
 def draw_scores(
     units: pd.DataFrame,  # from `unit_table`, with two halves of safety
 ) -> plt.Figure:

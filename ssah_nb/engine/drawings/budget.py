@@ -52,6 +52,7 @@ def draw_line(ax: plt.Axes, column: str, kind: str, objective: str, line: pd.Dat
         ax.vlines(x, *ends, color=colour, linewidth=1, alpha=0.7)
 
 
+# %% ../../../nbs/engine/drawings/budget.ipynb #ec0803e4
 def draw_budget(table: pd.DataFrame) -> plt.Figure:  # Table 4
     "What training a share of the parameters does to safety and to utility."
     points = budget_points(table)

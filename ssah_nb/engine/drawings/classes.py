@@ -65,6 +65,7 @@ def shares_by_layer(
     return shares.reindex(columns=names, fill_value=0).reset_index()
 
 
+# %% ../../../nbs/engine/drawings/classes.ipynb #57e1c92e
 def draw_classes_by_layer(
     table: pd.DataFrame,  # from `shares_by_layer`
 ) -> plt.Figure:

@@ -77,6 +77,7 @@ def frozen_curve(
     return rows[columns].sort_values(["set", "frozen_units"])
 
 
+# %% ../../../nbs/engine/drawings/freezing.ipynb #b0ebf085
 NAMES = {"SCU + top CU": "SCU + top CU frozen", "random": "random units frozen"}
 STYLES: dict[str, dict[str, Any]] = {
     "SCU + top CU": {"marker": "o", "color": COLOURS["SCU"], "linestyle": "-"},

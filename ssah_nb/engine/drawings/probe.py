@@ -122,7 +122,7 @@ def draw_wordings(
     ax.axvline(0, color="0.3", linewidth=0.9)
     ax.set(yticks=range(len(wordings)), yticklabels=wordings, title=title)
     ax.set_xlabel("change of the margin by alignment (right: towards refusing)")
-    ax.invert_yaxis()
+    ax.set_ylim(len(wordings) - 0.5, -0.5)
     fig.tight_layout()
     fig.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
     plt.close(fig)

@@ -84,6 +84,7 @@ def draw_mark(ax: plt.Axes, row: pd.Series) -> None:
     ax.errorbar(x, y, yerr=up, xerr=across, elinewidth=0.8, alpha=0.9, **look)
 
 
+# %% ../../../nbs/engine/drawings/protection.ipynb #07ee8dce
 def draw_names(ax: plt.Axes, table: pd.DataFrame, right: float) -> None:
     "The ways' names in a column, each with a thin line to its mark."
     y = 100 * table.attack_success.to_numpy()

@@ -111,12 +111,11 @@ def look(verdict: str) -> dict:
     return style | {"markerfacecolor": inside, "markeredgecolor": edge, "markeredgewidth": 1.2}
 
 
+# %% ../../../nbs/engine/drawings/report.ipynb #d7d44ea0
 def draw_interval(ax: plt.Axes, y: float, row) -> None:
     "The shade, the interval and the mark of one claim."
     left, right = claimed_side(row.claimed, row.unit)
     ax.barh(y, right - left, left=left, height=0.84, color="#CFE0EF", linewidth=0)
-    if row.measured != row.measured:
-        return
     value, low, high = (float(place(v, row.unit)) for v in (row.measured, row.low, row.high))
     style = look(row.verdict)
     ends = np.clip([low, high], -EDGE, EDGE)
@@ -141,12 +140,12 @@ COLUMNS = {"claim": -4.1, "measured": 1.12, "paper": 3.05}
 
 
 def rows_of(table: pd.DataFrame) -> list[tuple[float, str, Any]]:
-    "(height, experiment, claim) of each row, from the top down; a title has no claim."
+    "(height, experiment, claim) of each row that was measured, from the top; a title has no claim."
     rows: list[tuple[float, str, Any]] = []
     y = 0.0
     for experiment, claims in table.groupby("experiment", sort=False):
         rows.append((y, experiment, None))
-        for row in claims.itertuples():
+        for row in claims[claims.measured.notna()].itertuples():
             y -= 1
             rows.append((y, experiment, row))
         y -= 1.45
@@ -167,12 +166,12 @@ def draw_title(ax: plt.Axes, y: float, experiment: str, verdicts: pd.Series) -> 
     ax.text(COLUMNS["measured"], y, ", ".join(named), fontsize=FONT, weight="bold", va="center")
 
 
+# %% ../../../nbs/engine/drawings/report.ipynb #0f7811db
 def draw_words(ax: plt.Axes, y: float, row) -> None:
     "The claim at the left, the number and the paper's at the right."
     claim = pd.Series([row.claim]).str.replace(r" \(.*?\)", "", regex=True)[0]
     indent = 0.14 if claim.startswith("…") else 0.0
-    known = row.measured == row.measured
-    measured = in_words(row.measured, row.low, row.high, row.unit) if known else row.verdict
+    measured = in_words(row.measured, row.low, row.high, row.unit)
     none = row.paper.startswith(("no such", "not reported", "implied"))
     for x, words, colour in (
         (COLUMNS["claim"] + indent, claim, "black"),
@@ -201,6 +200,7 @@ def draw_scales(ax: plt.Axes, bottom: float) -> None:
             ax.text(x, y - 0.46, label, fontsize=FONT - 1.5, ha="center", va="center", color="0.3")
 
 
+# %% ../../../nbs/engine/drawings/report.ipynb #c4d18a09
 def draw_heads(ax: plt.Axes, y: float) -> None:
     "What the columns and marks are, above the rows."
     heads = {"claim": "claim", "measured": "this run (95 % interval)", "paper": "the paper"}

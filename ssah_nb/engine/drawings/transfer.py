@@ -61,6 +61,7 @@ def draw_bands(ax: plt.Axes, flows: pd.DataFrame):  # from `place_flows`
         ax.fill_between(along, lower, lower + flow.height, linewidth=0.4, **look)
 
 
+# %% ../../../nbs/engine/drawings/transfer.ipynb #57d6ffb7
 def draw_bars(
     ax: plt.Axes,  # one panel
     flows: pd.DataFrame,  # from `place_flows`
@@ -125,6 +126,7 @@ def draw_panel(ax: plt.Axes, cells: pd.DataFrame, labels: tuple[str, str], small
         side.set_visible(False)
 
 
+# %% ../../../nbs/engine/drawings/transfer.ipynb #185b61a8
 def draw_transfer(
     table: pd.DataFrame,  # from `transfer`
     labels: tuple[str, str],  # what stands under the two bars
@@ -153,6 +155,7 @@ def matrix_of(cells: pd.DataFrame, values: str) -> pd.DataFrame:
     return matrix.reindex(index=rows, columns=columns)
 
 
+# %% ../../../nbs/engine/drawings/transfer.ipynb #0125e883
 def draw_matrices(
     table: pd.DataFrame,  # from `transfer`
 ) -> plt.Figure:

@@ -37,6 +37,7 @@ def draw_cuts(
     return fig
 
 
+# %% ../../../nbs/engine/drawings/units.ipynb #5dc065fd
 def draw_measurement(ax: plt.Axes, row):
     "One point with its interval; a control is hollow."
     error = [[row.perplexity - row.perplexity_low], [row.perplexity_high - row.perplexity]]
