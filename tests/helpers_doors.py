@@ -32,9 +32,16 @@ def importances() -> dict[str, Importance]:
     return ssah_nb.importance(MODEL, TOKENIZER, sets)
 
 
+def content(shared) -> tuple[dict, dict]:
+    "All that a unit map, an importance or an anchor keeps."
+    tensors, info = shared.to_files()
+    return {name: tensor.tolist() for name, tensor in tensors.items()}, info
+
+
 def use_units(folder: Path):
     units = UnitMap.from_pretrained(folder)
     units.shares(), units.to_pandas(), units.top_cu(0.1), len(units.scu | units.ru)
+    return content(units)
 
 
 def use_importance(folder: Path):
@@ -42,12 +49,14 @@ def use_importance(folder: Path):
     ssah_nb.classify(None, scores).shares()
     scores.mean("mlp"), (scores + scores).standardized()
     scores.save(folder / "again")
+    return content(scores)
 
 
 def use_anchor(folder: Path):
     anchor = Anchor.load(folder)
     anchor.loss(MODEL), anchor.report(MODEL)
     anchor.save(folder / "again")
+    return content(anchor)
 
 
 def use_splits(folder: Path):

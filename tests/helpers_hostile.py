@@ -41,7 +41,7 @@ class Door(NamedTuple):
     "One way into the library."
 
     make: Callable[[Path], object]  # writes good files into a folder
-    use: Callable[[Path], object]  # loads them, and uses what came out
+    use: Callable[[Path], object]  # loads them, uses what came out; what must be as it was
     files: dict[str, int]  # name -> how many random mutations
     special: dict[str, Callable[[Path], object]] = {}  # further damage, by name
     error: type = ValueError  # what it may raise; the child sets SsahError
@@ -169,15 +169,14 @@ def too_long(*_):
     raise Hang(f"over {SECONDS} s of work, or {WAITING} s")
 
 
-def one(door: Door, folder: Path) -> dict:
-    "The outcome of one case: error, loaded, or what went wrong."
+def one(door: Door, folder: Path, good: object = None) -> dict:
+    "The outcome of one case: error, loaded (with what a good file gives), or what went wrong."
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, WAITING)
     start, found = time.process_time(), {}
     WATCHED.append(True)
     try:
-        door.use(folder)
-        found["outcome"] = "loaded"
+        found["outcome"] = "loaded" if door.use(folder) == good else "loaded something else"
     except door.error as error:
         text = str(error)
         found["outcome"] = "error" if text and "\n" not in text else f"many lines: {text!r}"
@@ -228,9 +227,10 @@ def main(scratch: Path, names: list[str]):
 
     faulthandler.enable()
     sys.dont_write_bytecode, broken = True, []
+    good = {}
     for name in names:  # all is imported before the limits hold
         DOORS[name].make(scratch / name)
-        DOORS[name].use(scratch / name)
+        good[name] = DOORS[name].use(scratch / name)
     signal.signal(signal.SIGALRM, too_long)
     signal.signal(signal.SIGPROF, too_long)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -242,7 +242,7 @@ def main(scratch: Path, names: list[str]):
             folder = scratch / "case"
             shutil.copytree(scratch / name, folder)
             damage(folder)
-            found = one(DOORS[name], folder)
+            found = one(DOORS[name], folder, good[name])
             print(json.dumps({"door": name, "case": case, "broken": broken} | found), flush=True)
             broken.clear()
             shutil.rmtree(folder)

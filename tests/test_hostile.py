@@ -1,5 +1,8 @@
 """Every file that the library opens ends in one line of our error, or in a load that can be used.
 
+Unit maps, importances and anchors carry a seal, so that a load must give what was saved. Where a
+file has none (a table of prompts, the weights of a model), other content is other data.
+
 The cases are made by seeded mutations (`helpers_hostile.py`) of good files, one set for each door
 (`helpers_doors.py`, `helpers_doors_models.py`). A child process opens them, with 5 seconds of the
 processor and 2 GB for each. It also notes what is written outside of its folder, which pickles are
@@ -98,6 +101,7 @@ def test_the_judge_sees_what_is_wrong(tmp_path):
     assert judged(tmp_path, lambda folder: fail("a\nb")).startswith("many lines")
     assert judged(tmp_path, lambda folder: fail("one")) == "error"
     assert judged(tmp_path, lambda folder: None) == "loaded"
+    assert judged(tmp_path, lambda folder: {"a": 1}) == "loaded something else"
 
 
 def fail(words: str):
