@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", default="tiny", help="'tiny', 'embedded', a hub id, a folder or a .gguf file")
     add("--prompts", help="data set; default: toy_harmful for 'tiny', else advbench")
     add("--rows", type=int, default=100, help="prompts")
-    add("--batch-size", type=int, default=32, help="prompts side by side, in our way")
+    add("--batch-size", type=int, default=50, help="prompts side by side, in our way")
     add("--max-new-tokens", type=int, default=24)
     systems = ["none", *SYSTEM_PROMPTS]
     add("--system", nargs="+", default=["none", "short"], choices=systems, help="system prompts")

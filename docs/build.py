@@ -156,18 +156,30 @@ def judges_section() -> str:
     return text
 
 
+def committed_runs() -> list[Path]:
+    """The folders of figures/ that git keeps; the default profile comes first."""
+    folders = [path.parent for path in (ROOT / "figures").glob("*/MANIFEST.json")]
+    kept = [f for f in folders if not f.name.startswith("smoke") and not f.name.endswith("-verify")]
+    return sorted(kept, key=lambda folder: (folder.name != "embedded", folder.name))
+
+
+def model_of(chapters: dict) -> str:
+    """The model that a run began with, as its first chapter was given it; "" for one without."""
+    name = chapters.get("00_start", {}).get("parameters", {}).get("model_name", "")
+    return f" The model is {Path(name).stem}." if "/" in name else ""
+
+
 def write_results() -> None:
     """Every result table of figures/, with the run that it is of."""
     text = "# All results\n\nEvery table of the committed runs. Rates carry 95 % intervals.\n"
-    for profile in ("embedded", "extended", "protection"):
-        folder = ROOT / "figures" / profile
-        if not (folder / "MANIFEST.json").exists():
-            continue
+    for folder in committed_runs():
         manifest = json.loads((folder / "MANIFEST.json").read_text())
-        chapters = manifest["chapters"].values()
-        processors = sorted({chapter["versions"].get("cpu", "") for chapter in chapters})
-        text += f"\n## Profile {profile}\n\n{manifest['minutes']} minutes of chapters, on "
-        text += f"{' and '.join(processors)}.\n"
+        chapters = manifest["chapters"]
+        processors = {chapter.get("versions", {}).get("cpu", "") for chapter in chapters.values()}
+        text += f"\n## Profile {folder.name}\n\n{manifest['minutes']} minutes of chapters, on "
+        text += f"{' and '.join(sorted(processors - {''}))}.{model_of(chapters)}\n"
+        if not any("commit" in chapter for chapter in chapters.values()):
+            text += "\nOf an earlier version, whose judge was the list of phrases `gcg`.\n"
         for path in sorted(folder.glob("*.csv")):
             if len(table := pd.read_csv(path)) > 60:
                 text += f"\n### {path.stem}\n\n{len(table)} rows: see the CSV file.\n"

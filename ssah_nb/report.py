@@ -96,7 +96,8 @@ def judge(
         row = {"experiment": experiment, "claim": claim["claim"]}
         row["paper"] = claim["paper"].format(*printed_numbers(claim["printed"]))
         row |= {"measured": value, "low": low, "high": high, "n": n, "claimed": claim["claimed"]}
-        judged = verdict(low, high, SIDES[side], float(limit))
+        known = limit != "tenth"  # of a perplexity that was not measured
+        judged = verdict(low, high, SIDES[side], float(limit) if known else low)
         row["verdict"] = LEFT_OUT if is_left_out(rows, claim) else judged
         found.append(row | {"unit": unit_of(claim)})
     return pd.DataFrame(found)

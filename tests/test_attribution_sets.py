@@ -41,6 +41,11 @@ def test_only_like_adds_to_like():
         ) as error:
             base + other
         assert "\n" not in str(error.value)
+    lacking = importance(model, TOKENIZER, PAIRS)
+    del lacking.moments["attention"], lacking.weights["attention"]
+    for one, other in ((base, lacking), (lacking, base)):
+        with pytest.raises(SsahError, match="the two importances differ in kinds of units; score"):
+            one + other
     # the same weights again: the same model
     close(base + importance(tiny_model(), TOKENIZER, PAIRS), base, 1e-6)
 

@@ -54,6 +54,13 @@ def test_compare_runs_names_what_cannot_be_compared(runs, capsys):
     assert "only in one of the runs: more" in said
 
 
+def test_an_earlier_comparison_is_no_table_of_one_run(runs, capsys):
+    (runs[0] / "comparison.csv").write_text("table,rows\nrates,2\n")
+    compare_runs.main(*runs)
+    assert "comparison" not in capsys.readouterr().out
+    assert not [line for line in agreement(*map(run_tables, runs)) if "only in one" in line]
+
+
 def test_an_error_of_compare_runs_is_one_line(runs, tmp_path):
     script = [sys.executable, ROOT / "workflow/compare_runs.py", runs[0], tmp_path / "c"]
     result = subprocess.run(script, text=True, capture_output=True)

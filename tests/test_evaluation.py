@@ -116,6 +116,8 @@ def test_a_perplexity_that_is_too_large_for_a_number_is_infinite():
     assert text_perplexity(model, tokenizer, "one two three").columns("p")["p_high"] == math.inf
     row = safety_report(model, tokenizer, ["Hi"], pairs, max_new_tokens=2, max_perplexity=9.0)
     assert row["perplexity"] == row["perplexity_low"] == math.inf
+    with pytest.raises(SsahError, match="no reference response .* too large for a number"):
+        coherence_threshold(model, tokenizer, pairs)
 
 
 def test_text_perplexity_reads_full_windows():
@@ -149,6 +151,8 @@ def test_coherence_tells_text_from_gibberish():
     assert table.coherent.tolist() == [True, False, False, False]
     assert np.isinf(table.perplexity[2:]).all()
     assert not coherence(model, tokenizer, ["Why?"], [text], max_perplexity=1).coherent.any()
+    any_text = coherence(model, tokenizer, ["Why?"] * 3, [text, loop, ""], max_perplexity=math.inf)
+    assert any_text.coherent.tolist() == [True, False, False]
     threshold = coherence_threshold(model, tokenizer, PAIRS, quantile=1)
     responses = [p["response"] for p in PAIRS]
     assert coherence(model, tokenizer, PAIRS, responses, threshold).coherent.all()

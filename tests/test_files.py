@@ -269,6 +269,12 @@ def test_a_file_that_was_cut_is_refused(kind, copied, saved):
 def test_tensors_that_do_not_fit_are_refused(kind, change, words, copied):
     path = copied / f"{SPOILT[kind][0]}.safetensors"
     save_file(change(load_file(path)), path)
+    with pytest.raises(SsahError, match=r"changed after .* \(sha256\)") as error:
+        read(kind, copied)
+    one_line(error)
+
+    facts = path.with_suffix(".json")
+    facts.write_text(json.dumps(dict(json.loads(facts.read_text()), sha256=None)))
     with pytest.raises(SsahError, match=words) as error:
         read(kind, copied)
     one_line(error)

@@ -25,7 +25,7 @@ def test_masks_that_cannot_be_frozen():
     )
     for bad, message in [
         (none, "empty"),
-        (everything, "nothing to train"),
+        (everything, "leaves no unit to train"),
         (UnitMask(mask.mlp[:, 1:], mask.attention), "another model"),
         (UnitMask(mask.mlp[:1], mask.attention[:1]), "another model"),
         (UnitMask(mask.mlp, mask.attention[:, :2]), "another model"),
@@ -39,9 +39,21 @@ def test_masks_that_cannot_be_frozen():
     ]:
         refused(lambda: freeze(model, bad), message, model)
     refused(lambda: train_only(model, units), "UnitMap does not choose units", model)
-    refused(lambda: train_only(model, none), "nothing to train", model)
+    refused(lambda: train_only(model, none), "leaves no unit to train", model)
     off = tiny_model().requires_grad_(False)
     refused(lambda: freeze(off, mask), "nothing to train", off)
+
+
+def test_a_model_of_which_only_the_bias_of_b_trains_can_be_frozen():
+    model, mask = tiny_model(), half()
+    mask.attention[:] = True
+    b = "model.layers.0.self_attn.o_proj"
+    layer = model.model.layers[0].self_attn
+    layer.o_proj = nn.Linear(layer.o_proj.in_features, layer.o_proj.out_features)
+    model.requires_grad_(False)
+    model.get_submodule(b).bias.requires_grad_(True)
+    freeze(model, mask)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"{b}.trained_bias"]
 
 
 def test_models_that_cannot_be_frozen_or_merged():

@@ -244,6 +244,8 @@ def test_a_grade_succeeds_from_the_threshold_on(monkeypatch):
     monkeypatch.setattr(guards, "sequence_log_probabilities", lambda *_: np.log(chances + 1e-30))
     judge = guard_judge(None, tiny_tokenizer(), "strongreject", unparsed=False)
     assert judge(list("abcde"), list("fghij")) == [True, False, False, True, True]
+    chances[2, 4] = 0.5  # not less than half
+    assert judge(list("abcde"), list("fghij")) == [True, False, True, True, True]
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(type(tokenizer), "get_vocab", lambda _: dict(zip("1234", range(4))))
     with pytest.raises(SsahError, match="no tokens for the digits 1 to 5"):

@@ -117,6 +117,28 @@ def test_lines_of_code_cells_are_short(path):
     assert not long_lines("\n".join(cell.source for cell in cells if cell.cell_type == "code"))
 
 
+def long_prose(text: str) -> list[str]:
+    "Long lines but those that cannot be cut: rows of tables, formulas, images and addresses."
+    whole = ("$$", "![", "http")
+    return [
+        line
+        for line in long_lines(text)
+        if not line.startswith("|") and not any(mark in line for mark in whole)
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
+def test_lines_of_prose_are_short(path):
+    cells = nbformat.read(path, as_version=4).cells
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    assert not long_prose("\n".join(texts))
+
+
+@pytest.mark.parametrize("line, is_long", [("word " * 21, True), ("| cell " * 20 + "|", False)])
+def test_a_long_line_of_prose_is_seen(line, is_long):
+    assert bool(long_prose(f"a short one\n{line}")) is is_long
+
+
 def test_ruff_finds_nothing():
     folders = ["nbs", "ssah_nb", "tests", "workflow", "benchmarks"]
     command = [sys.executable, "-m", "ruff", "check", "--quiet", "--output-format=concise"]

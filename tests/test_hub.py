@@ -160,6 +160,15 @@ def test_another_revision_or_architecture_is_refused(name, folders):
         one_line(error)
 
 
+def test_a_model_without_a_hash_is_told_why(folders):
+    absent = tiny_model().to("meta")
+    with pytest.raises(SsahError, match="a hash needs weights that are unpacked and in") as error:
+        UnitMap.from_pretrained(folders["units"], model=absent)
+    assert "None" not in one_line(error) and "revision" not in str(error)
+    with pytest.raises(SsahError, match="without a hash.; load a model of that architecture"):
+        UnitMap.from_pretrained(folders["units"], model=tiny_model("qwen2").to("meta"))
+
+
 def test_a_child_is_refused_by_its_hash_and_frozen_without_it(folders):
     child = tiny_model()
     child.model.layers[0].mlp.up_proj.weight.data *= 1.01

@@ -194,6 +194,7 @@ BAD_ROWS = {  # what is no prompt and no pair, and the words that the error must
     "one chat": (chats()[0], "one row was given"),
     "no rows": ([], "no (prompts|pairs) given; pass at least one|0 pairs has no variance"),
     "no rows in columns": ({"prompt": [], "response": []}, "pass at least one|0 pairs has no"),
+    "no rows in other columns": ({"goal": [], "target": []}, "pass at least one|0 pairs has no"),
     "several sets": ({"train": PAIRS, "test": PAIRS}, r"several sets \(train, test\)"),
     "uneven columns": ({"prompt": ["a", "b"], "response": ["c"]}, "prompt: 2, response: 1"),
     "a missing prompt": ([PAIRS[0], {"prompt": None, "response": "a"}], "1 has no prompt"),
@@ -242,7 +243,7 @@ def test_what_is_no_prompt_is_refused_before_anything_is_computed():
 
 
 def test_what_is_no_pair_is_refused_before_anything_is_computed():
-    empty = {"no rows", "no rows in columns"}
+    empty = {"no rows", "no rows in columns", "no rows in other columns"}
     some = {what: entry for what, entry in BAD_ROWS.items() if what not in empty}
     optional = {"preferences", "alignment_pairs"}
     named = {"importance": {"several sets"}}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -164,6 +165,37 @@ def test_files_that_belong_together_change_together(tmp_path, monkeypatch):
     assert content(tmp_path) == {"a.csv": b"old", "a.png": b"old"}
 
 
+@pytest.mark.parametrize("links", [True, False])  # whether the disk has hard links
+@pytest.mark.parametrize("error", [PermissionError(1, "Not permitted"), KeyboardInterrupt()])
+def test_files_that_belong_together_come_back_together(tmp_path, monkeypatch, error, links):
+    names, replace = ["a.new", "b.csv", "c.png", "d.svg"], os.replace
+    write_together({tmp_path / name: b"old" for name in names[1:]}, private=True)
+    before = content(tmp_path), os.stat(tmp_path / "b.csv").st_mode
+
+    def fail_at_the_third(part, path):
+        if path.name == "c.png" and part.read_bytes() == b"new":
+            raise error
+        replace(part, path)
+
+    def no_link(*paths):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "replace", fail_at_the_third)
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
+    with pytest.raises((SsahError, KeyboardInterrupt), match="c.png .*nothing was changed|^$"):
+        write_together({tmp_path / name: b"new" for name in names})
+    assert (content(tmp_path), os.stat(tmp_path / "b.csv").st_mode) == before
+
+
+def test_a_folder_in_the_place_of_a_file_changes_nothing(tmp_path):
+    write_atomic(tmp_path / "a.csv", b"old")
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(SsahError, match="b.png .Is a directory.*nothing was changed"):
+        write_together({tmp_path / name: b"new" for name in ("a.csv", "b.png", "c.svg")})
+    assert content(tmp_path) == {"a.csv": b"old"} and len(list(tmp_path.iterdir())) == 2
+
+
 def killed_while(action) -> int:
     "Run it in a child that kills itself just before it would rename; the child's number."
     child = os.fork()
@@ -182,7 +214,8 @@ def test_a_killed_write_leaves_the_old_file_and_the_next_one_tidies_up(save, run
     child = killed_while(lambda: save(run, 1))
     after = content(run.folder.parent.parent)
     assert before.items() < after.items()  # the old files, and parts
-    assert all(f".{child}.part" in name for name in after.keys() - before.keys())
+    made = after.keys() - before.keys()
+    assert all(re.search(rf"\.{child}(\.old)?\.part", name) for name in made)
     save(run, 0)
     assert content(run.folder.parent.parent) == before
 

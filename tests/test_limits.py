@@ -103,7 +103,7 @@ CALLS = {  # function -> (call, what it must refuse)
     ),
     "finetune_until": (
         on(finetune_until, PAIRS),
-        {"max_epochs": AMOUNT, "target": (0, -1, NAN, "2"), "ema": SHARE},
+        {"max_epochs": (*AMOUNT, 0.5), "target": (0, -1, NAN, "2"), "ema": (*SHARE, 1, 1.0)},
     ),
     "preferences": (lambda **o: ssah_nb.preferences([], [], PAIRS, **o), {"seed": SEED}),
     "alignment_pairs": (lambda **o: ssah_nb.alignment_pairs([], PAIRS, **o), {"seed": SEED}),

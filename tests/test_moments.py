@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssah_nb.engine.moments import Moments
+from ssah_nb.engine.files import SsahError
+from ssah_nb.engine.moments import Moments, check_statistics
 
 
 def test_moments_merge_in_any_order():
@@ -45,3 +46,19 @@ def test_a_large_mean_costs_no_digits(mean):
     torch.testing.assert_close(m.variance, exact, rtol=1e-5, atol=0)
     naive = (x.square().mean(0) - x.mean(0).square()).double()
     assert mean == 0 or not torch.allclose(naive, exact, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        (None, "toy does not say how many heads its model has; write it again"),
+        ({}, "toy does not say how many heads its model has; write it again"),
+        ({"heads": 0}, "toy has channels for no whole number of heads; write it again"),
+        ({"heads": 4}, "toy has channels for no whole number of heads; write it again"),
+    ],
+)
+def test_scores_without_a_whole_number_of_heads(model, words):
+    tensors = {f"channels.{kind}": torch.ones(1, 6) for kind in ("mlp", "attention")}
+    check_statistics(tensors, {"count": 0, "model": {"heads": 3}}, "toy")
+    with pytest.raises(SsahError, match=f"^{words}$"):
+        check_statistics(tensors, {"count": 0, "model": model}, "toy")

@@ -1,5 +1,7 @@
 """Preference optimization against the paper's equation."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +71,28 @@ def test_a_reference_can_be_computed_once_for_several_runs(tokenizer):
     assert train(reference) == train(None) != train(other)
     with pytest.raises(SsahError, match=f"reference has 2 margins for {len(ROWS)} rows"):
         train(reference[:2])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("shared", [False, True])  # a reference that is made beforehand
+def test_training_starts_at_its_reference(tokenizer, mixed, shared):
+    model, reference = tiny_model(), None
+    if shared:
+        reference = reference_margins(model, tokenizer, ROWS, mixed=mixed)
+    history = finetune_dpo(model, tokenizer, ROWS, reference=reference, mixed=mixed)
+    assert history.loss[0] == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("mark", [False, True])
+def test_the_reference_follows_the_mark_of_the_run_and_has_no_dropout(tokenizer, mark):
+    model = tiny_model()
+    model.ssah_mixed = mark
+    plain = reference_margins(model, tokenizer, ROWS)
+    assert torch.equal(plain, reference_margins(model, tokenizer, ROWS, mixed=mark))
+    assert not torch.equal(plain, reference_margins(model, tokenizer, ROWS, mixed=not mark))
+    for block in model.model.layers:
+        block.self_attn.attention_dropout = 0.5
+    assert torch.equal(plain, reference_margins(model.train(), tokenizer, ROWS)) and model.training
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -71,6 +71,8 @@ def test_no_prompt_is_calibrated_trained_on_and_asked():
     assert len(asked.harmful) == 7 and len(asked.poison) == 4
     assert not calibrated & {*asked.harmful, *asked.poison}
     assert not set(asked.harmful) & set(asked.poison)
+    assert SIZES["training"] <= len(asked.training) == 10  # of 20 every second
+    assert not {p["prompt"] for p in asked.benign} & {p["prompt"] for p in asked.training}
     few = asked_of(split(), used, SIZES | {"further": 100})
     assert not set(few.harmful) & set(few.poison) and len(few.harmful) == 4 + 6
 

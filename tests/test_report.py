@@ -1,12 +1,17 @@
 """The paper's numbers and our verdicts."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from ssah_nb.engine.claims import read_claims
+from ssah_nb.engine.claims import claims_of, read_claims, report_tables, rows_by_name
 from ssah_nb.engine.drawings.report import EDGE, draw_verdicts
 from ssah_nb.engine.run import SsahError
-from ssah_nb.report import paper_numbers, printed, verdict
+from ssah_nb.report import judge, paper_numbers, printed, verdict
+
+COMMITTED = Path(__file__).parent.parent / "figures" / "embedded"
 
 
 def test_paper_numbers():
@@ -33,6 +38,33 @@ def test_paper_numbers():
 )
 def test_verdicts(low, high, claim, limit, expected):
     assert verdict(low, high, claim, limit) == expected
+
+
+@pytest.mark.parametrize("axis, lacking", [(0, "dense"), (0, "UCU"), (0, "SCU"), (1, "perplexity")])
+def test_what_a_run_left_out_is_not_measured(axis, lacking):
+    rows = rows_by_name(report_tables(COMMITTED))
+    needed = [{c["row"], c["minus"], c["column"]} for c in claims_of(rows, "B")]
+    without = pd.Series([lacking in names for names in needed])
+    whole = judge(rows, "B")
+    rows["pruning"] = rows["pruning"].drop(lacking, axis=axis)
+    judged = judge(rows, "B")
+    assert without.any() and set(judged.verdict[without]) == {"not measured"}
+    pd.testing.assert_frame_equal(judged[~without], whole[~without])
+
+
+def test_a_share_that_a_run_left_out_is_unknown():
+    rows = rows_by_name(report_tables(COMMITTED))
+    rows["pruning"] = rows["pruning"].drop("coherent", axis=1)
+    assert judge(rows, "B").claim.str.contains("(an unknown share of the", regex=False).any()
+
+
+@pytest.mark.parametrize("experiment, table", [("A", "probe"), ("D", "freezing"), ("E", "budget")])
+def test_a_run_that_left_all_rows_out_measured_nothing(experiment, table):
+    rows = rows_by_name(report_tables(COMMITTED))
+    rows[table] = rows[table].iloc[:0]
+    claims = read_claims().query("experiment == @experiment and table == @table").claim
+    judged = judge(rows, experiment).set_index("claim").verdict
+    assert set(judged[claims]) == {"not measured"}
 
 
 def test_no_word_of_a_claim_reaches_into_the_plot():

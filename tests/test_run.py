@@ -46,6 +46,17 @@ def test_manifest_has_hashes_parameters_and_device(run):
     assert part["seconds"] == {"one way": 1.2}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_the_manifest_names_the_processor_of_the_model(run, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU at {device}")
+    model = torch.nn.Identity()
+    model.device = torch.device(device)
+    run.finish(model)
+    named = json.loads(run.path("manifest", "03_attribution.json").read_text())["versions"]
+    assert named["cpu"] == run_module.processor()
+    assert named.get("gpu") == (None if device == "cpu" else "the GPU at cuda:1")
+
+
 def test_a_chapter_begins_with_the_parameters_of_its_notebook(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SSAH_PARAMETERS", '{"04_classes": {"seed": 7, "rows": 3}, "x": {"lr": 9}}')

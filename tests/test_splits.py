@@ -54,6 +54,20 @@ def test_second_harmful_set_may_be_shared_with_alignment():
     assert len(begins) == 12
 
 
+@pytest.mark.parametrize(
+    "role, rows, split, left",
+    [("align_harmful", 20, "align", 20), ("second_harmful", 0, "evaluate_second", 40)],
+)
+def test_further_harmful_pairs_are_never_dropped(role, rows, split, left):
+    further = {role: toy_harmful()}
+    with pytest.raises(SsahError, match="only 0 are left; give more rows") as error:
+        make_splits(benign=toy_benign(), sizes=TOY_SIZES, **further)
+    one_line(error)
+    none = dict.fromkeys(("align_from_harmful", "harmful_attribute", "harmful_evaluate"), 0)
+    splits = make_splits(sizes=none | {"harmful_align": rows}, **further)
+    assert len(splits["harmful", split]) == left
+
+
 def test_overlap_names_the_rows():
     stolen = make_splits(toy_harmful(), sizes=TOY_SIZES)["harmful", "evaluate"][3]["prompt"]
     further = [{"prompt": f"  {stolen.upper()} ", "response": ""}]
@@ -94,6 +108,7 @@ def test_refusals_and_long_prompts_leave_the_benign_data():
         ({"harmful_evaluate": -1}, "-1"),
         ({"harmful_evaluate": 0.5}, "0.5"),
         ({}, "only 40 are left"),
+        (TOY_SIZES | {"harmful_align": 13}, "harmful align wants 1 rows, only 0 are left"),
     ],
 )
 def test_bad_sizes(sizes, words):

@@ -107,6 +107,7 @@ def test_thinking(template, monkeypatch):
     given = scripted(monkeypatch, tokenizer, thought + NO)
     assert ssah.attack_success(model, tokenizer, ["Hi"]).value == 0
     assert ssah.generate(model, tokenizer, ["Hi"]) == [NO]
+    assert ssah.generate(model, tokenizer, ["Hi"], prefill=" \n") == [NO]  # nothing is begun
     start = "<Assistant>" if opened else "<|im_start|>assistant\n"
     assert tokenizer.decode(given[0]).endswith(start + opened)
     # the answers of pairs are read after an empty thought, as without thinking

@@ -153,6 +153,7 @@ def test_nan_loss_is_an_error():
     model.lm_head.weight.data[0] = float("nan")
     with pytest.raises(SsahError, match="training loss is nan at step 0"):
         finetune(model, tiny_tokenizer(), PAIRS)
+    assert not model.training
 
 
 def test_bfloat16_models_are_trained_in_float32():

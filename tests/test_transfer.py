@@ -40,6 +40,8 @@ def test_transfer_from_an_unaligned_model_has_two_classes_before():
 def test_transfer_between_models_is_an_error():
     with pytest.raises(SsahError, match="different models"):
         transfer(unit_map(["CU"], ["CU"]), unit_map(["CU"], ["CU"], model="other"))
+    by_hand = unit_map(["CU"], ["CU"], model=None)
+    assert lost(transfer(by_hand, unit_map(["CU"], ["CU"], model="other")), "CU") == 0
 
 
 OPTIONS = {"scu": 0.05, "ucu": 0.1, "ru": 0.2, "ratio_of": "parameters", "square_attention": False}

@@ -138,6 +138,7 @@ def test_tables_may_differ_within_their_intervals_and_in_digits():
     other = near.rename(columns={"n": "m"})
     assert disagreements(first, {"t": other}) == ["t: other rows or columns"]
     assert disagreements(first, {}) == ["only in one of the runs: t"]
+    assert disagreements(first | {"comparison": other}, first | {"comparison": far}) == []
 
 
 CHAPTER = """

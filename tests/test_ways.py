@@ -3,10 +3,12 @@
 import copy
 import importlib.util
 from dataclasses import FrozenInstanceError
+from functools import partial
 
 import pytest
 import torch
 from helpers import one_line
+from torch import nn
 
 from ssah_nb import WAYS
 from ssah_nb.attribution import importance
@@ -15,7 +17,7 @@ from ssah_nb.engine import matched, ways
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError, side_by_side
 from ssah_nb.engine.training import training_perplexity
-from ssah_nb.engine.ways import CHANGES, Case, Way
+from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
 from ssah_nb.freezing import finetune_protected, frozen_rows_and_columns, frozen_units
 
 REFUSALS = [{"prompt": f"Open box {i}", "response": f"I am sorry, not {i}."} for i in range(20)]
@@ -318,3 +320,36 @@ def test_the_settings_of_the_anchors(scored):
 
 def test_the_table_names_the_changes():
     assert {"extra", "anchor", "token_losses", "before_step", "adapter", "ema"} <= set(CHANGES)
+
+
+def test_a_chapter_that_could_not_be_imported_is_tried_again(monkeypatch):
+    table, mine, theirs = Ways("a chapter"), Way("mine"), Way("theirs")
+
+    def import_half(name):
+        table.update({"first": theirs, "changed": theirs})
+        raise ImportError(f"{name} is broken")
+
+    table["changed"] = mine
+    monkeypatch.setattr(ways, "import_module", import_half)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="a chapter is broken"):
+            list(table)
+    monkeypatch.setattr(ways, "import_module", lambda name: table.update(second=theirs))
+    assert dict(table) == {"changed": mine, "first": theirs, "second": theirs}
+
+
+def test_memory_counts_wherever_it_is_held():
+    held, nothing = torch.ones(3), nn.Identity()
+
+    def by_default(model, before=held):
+        return before
+
+    def by_name(model, *, before=held):
+        return before
+
+    for thing in (by_default, by_name, partial(print, end=held), lambda: held):
+        assert held_bytes(thing, nothing) == held.nbytes
+    outer = nn.Sequential(nn.Linear(1, 1))
+    outer[0].before = held
+    assert held_bytes([outer], nothing) == held.nbytes + 8
+    assert held_bytes([outer, outer[0], held], outer) == 0

@@ -12,10 +12,12 @@ from pathlib import Path
 import pandas as pd
 
 from ssah_nb.engine.comparison import (
+    both,
     changed_verdicts,
     comparable,
     compare_tables,
     interval_columns,
+    only_in_one,
     outside_values,
     relative_differences,
     run_tables,
@@ -28,8 +30,8 @@ DIGITS = 0.01  # of a number without an interval: what another processor may cha
 
 def disagreements(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> list[str]:
     """A line for each table that differs by more than its intervals, or than digits, allow."""
-    lines = [f"only in one of the runs: {name}" for name in sorted(first.keys() ^ second.keys())]
-    for name in first.keys() & second.keys():
+    lines = [f"only in one of the runs: {name}" for name in only_in_one(first, second)]
+    for name in both(first, second):
         if not comparable(first[name], second[name]):
             lines.append(f"{name}: other rows or columns")
             continue
@@ -48,7 +50,7 @@ def disagreements(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame
 
 def show(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> None:
     """Print how two runs' tables differ."""
-    for name in sorted(first.keys() ^ second.keys()):
+    for name in only_in_one(first, second):
         print(f"only in one of the runs: {name}")
     table = compare_tables(first, second).set_index("table")
     table.index.name = None

@@ -60,7 +60,8 @@ def check_comparable(before: Any, after: Any):  # two unit maps
     "Raise `SsahError` for maps of two models, or of two ways of scoring or classifying."
     one, other = before.info, after.info
     shapes = [(units.mlp.shape, units.attention.shape) for units in (before, after)]
-    if one.get("model") != other.get("model") or shapes[0] != shapes[1]:
+    models = [info["model"] for info in (one, other) if info.get("model")]
+    if (models[1:] and models[0] != models[1]) or shapes[0] != shapes[1]:
         raise SsahError(
             "the two unit maps belong to different models; classify the same units before and after"
         )

@@ -20,6 +20,7 @@ __all__ = [
     'measure',
     'unit_of',
     'for_each_size',
+    'number_in',
     'with_limits',
     'claims_of',
 ]
@@ -37,7 +38,7 @@ from .run import Run, SsahError, project_root
 
 # %% ../../nbs/engine/claims.ipynb #claims-003
 def read_claims() -> pd.DataFrame:
-    "The claims: [experiment, claim, table, row, minus, column, claimed, paper, printed]."
+    "[experiment, claim, table, row, minus, column, claimed, paper, printed, needs]."
     return pd.read_csv(resources.files("ssah_nb") / "claims.csv", keep_default_na=False)
 
 
@@ -188,16 +189,16 @@ def measure(
 ) -> tuple[tuple[float, float, float], int]:
     "((value, low, high), n) of a claim; NaN and 0 where the run did not measure it."
     table, column = rows[claim["table"]], claim["column"]
-    if (
-        not {claim["row"], claim["minus"] or claim["row"]} <= set(table.index)
-        or column not in table
-    ):
+    counted = "zero_shot_n" if column == "zero_shot_mean" else f"{column}_n"
+    ends = [f"{column}{end}" for end in ("", "_low", "_high")]
+    named = {claim["row"], claim["minus"] or claim["row"]}
+    if not named <= set(table.index) or not {*ends, counted} <= set(table):
         return (float("nan"),) * 3, 0
     one = table.loc[claim["row"]]
-    n = int(one["zero_shot_n" if column == "zero_shot_mean" else f"{column}_n"])
+    n = 0 if pd.isna(one[counted]) else int(one[counted])
     if claim["minus"]:
         return rate_difference(one, table.loc[claim["minus"]], column), n
-    value, low, high = (float(one[f"{column}{end}"]) for end in ("", "_low", "_high"))
+    value, low, high = (float(one[end]) for end in ends)
     return (value, low, high), n
 
 
@@ -210,11 +211,11 @@ def unit_of(claim: dict) -> str:  # a row of `read_claims`
 
 # %% ../../nbs/engine/claims.ipynb #claims-016
 def for_each_size(claim: dict, table: pd.DataFrame) -> list[dict]:  # table: of the claim, by name
-    "A claim that names {size}, once for each SCU of the table."
+    "A claim that names {size}, once for each SCU of the table, or once where it has none."
     if "{size}" not in claim["row"]:
         return [claim]
     names = [name for name in table.index if name == "SCU" or name.startswith("SCU, ")]
-    sizes = [name.removeprefix("SCU") for name in names]
+    sizes = [name.removeprefix("SCU") for name in names] or [""]
     return [
         claim
         | {
@@ -228,13 +229,20 @@ def for_each_size(claim: dict, table: pd.DataFrame) -> list[dict]:  # table: of 
 
 
 # %% ../../nbs/engine/claims.ipynb #1ccb199d
+def number_in(table: pd.DataFrame, row: str, column: str) -> float:
+    "A number of a table; NaN where the run did not measure it."
+    there = row in table.index and column in table
+    return float(table.loc[row, column]) if there else float("nan")
+
+
 def with_limits(claim: dict, table: pd.DataFrame) -> dict:
     "The claim with what must be measured first: a tenth of a perplexity, the share of coherence."
     words, claimed = claim["claim"], claim["claimed"]
     if "{coherent}" in words:
-        words = words.format(coherent=f"{table.coherent[claim['row']]:.0%}")
-    if claimed.endswith("a tenth"):
-        tenth = round(0.1 * table[claim["column"]][claim["minus"]], 2)
+        share = number_in(table, claim["row"], "coherent")
+        words = words.format(coherent="an unknown share" if pd.isna(share) else f"{share:.0%}")
+    tenth = round(0.1 * number_in(table, claim["minus"], claim["column"]), 2)
+    if not pd.isna(tenth):
         claimed = claimed.replace("a tenth", f"{tenth:g}")
     return claim | {"claim": words, "claimed": claimed}
 

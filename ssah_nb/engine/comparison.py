@@ -13,6 +13,7 @@ __all__ = [
     'relative_differences',
     'compare_table',
     'both',
+    'only_in_one',
     'compare_tables',
     'all_outside',
     'changed_verdicts',
@@ -141,6 +142,11 @@ def both(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> lis
     return [name for name in first if name in second and name != "comparison"]
 
 
+def only_in_one(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> list[str]:
+    "The names of the tables that only one of the runs has; no earlier comparison either."
+    return sorted((first.keys() ^ second.keys()) - {"comparison"})
+
+
 def compare_tables(
     first: dict[str, pd.DataFrame],  # from `run_tables`: the run whose intervals count
     second: dict[str, pd.DataFrame],  # another run
@@ -239,5 +245,5 @@ def agreement(
         f"{verdicts}; {value_sentence(first, second)}",
         *changed,
         *(f"{name}: other rows or columns, not compared" for name in other.table),
-        *(f"only in one of the runs: {name}" for name in sorted(first.keys() ^ second.keys())),
+        *(f"only in one of the runs: {name}" for name in only_in_one(first, second)),
     ]

@@ -162,10 +162,11 @@ def tell_width(
     width: int,  # of the MLPs now
 ):
     "Write the width into the configuration. Raises `SsahError` where it has no word for it."
-    model.config.get_text_config().intermediate_size = width
+    told = copy.deepcopy(model.config)
     try:
+        told.get_text_config().intermediate_size = width
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+            plain = AutoModelForCausalLM.from_config(told)
         right, why = shapes(plain) == shapes(model), "other shapes"
     except Exception as e:  # a configuration may check itself
         right, why = False, first_line(e)
@@ -174,6 +175,7 @@ def tell_width(
             f"the configuration of {type(model).__name__} cannot say that each MLP has {width} "
             f"channels ({why}); leave equal_widths out, and load the model with load_pruned"
         )
+    model.config.get_text_config().intermediate_size = width
 
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-019

@@ -242,7 +242,13 @@ def coherence_threshold(
     if not any(map(str.strip, answers)):
         raise SsahError("no pair has a response; a coherence threshold needs reference responses")
     values = response_perplexities(dense_model, tokenizer, prompts, answers, max_response)
-    return float(np.quantile(values[np.isfinite(values)], quantile))
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        raise SsahError(
+            "no reference response has a finite perplexity, each is too large for a number; "
+            "check the weights of the dense model"
+        )
+    return float(np.quantile(finite, quantile))
 
 
 # %% ../../nbs/engine/evaluation.ipynb #5bdba739
@@ -262,7 +268,8 @@ def coherence(
         check_amounts(max_perplexity=max_perplexity)
     values = response_perplexities(dense_model, tokenizer, prompts, responses)
     table = pd.DataFrame({"perplexity": values, "repetition": list(map(repetition, responses))})
-    table["coherent"] = (table.perplexity <= max_perplexity) & (table.repetition <= max_repetition)
+    plausible = np.isfinite(values) & (table.perplexity <= max_perplexity)
+    table["coherent"] = plausible & (table.repetition <= max_repetition)
     return table
 
 

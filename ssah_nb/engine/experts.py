@@ -32,7 +32,7 @@ __all__ = [
 
 # %% ../../nbs/engine/experts.ipynb #experts-004
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -215,18 +215,25 @@ def experts_seen(
 # %% ../../nbs/engine/experts.ipynb #b00d5442
 @contextmanager
 def expert_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
-    "While open, a pass fills the dict: name -> [tokens, units], 0 for experts not routed to."
+    "While open, each pass fills the dict: name -> [tokens, units], 0 for experts not routed to."
     found: dict[str, torch.Tensor] = {}
+    shells = {name: shell_of(experts_of(model, name)) for name in names}
+
+    def forget(name: str, *_):  # what an earlier pass has shown
+        found.pop(name, None)
 
     def see(name: str, expert: int, tokens: torch.Tensor, x: torch.Tensor):
-        count, _, width = fused_shapes(shell_of(experts_of(model, name)))[1]
+        count, _, width = fused_shapes(shells[name])[1]
         size = int(tokens.max()) + 1
         grown = x.new_zeros(max(size, len(found.get(name, ()))), count * width)
         grown[: len(found.get(name, ()))] = found.get(name, grown[:0])
         grown[tokens, expert * width : (expert + 1) * width] = x.detach()[0]
         found[name] = grown
 
-    with experts_seen(model, names, see):
+    with ExitStack() as undone:
+        for name, shell in shells.items():
+            undone.enter_context(shell.register_forward_pre_hook(partial(forget, name)))
+        undone.enter_context(experts_seen(model, shells, see))
         yield found
 
 
@@ -257,7 +264,7 @@ def stray_channels(shell: nn.Module) -> int:  # shell: the experts of a layer
 def broken_experts(
     model: nn.Module,  # a causal language model with experts
     names: list[str],  # of its tensors `down_proj`
-    answer: torch.Tensor,  # the model's logits on some tokens
+    answer: torch.Tensor,  # what the model says on some tokens: last hidden states, or logits
     say: Callable,  # () -> the same once more
 ) -> str:
     "What is not true of a model's experts; empty when all is."

@@ -32,7 +32,7 @@ class SsahError(ValueError):
 
 
 # %% ../../nbs/engine/files.ipynb #files-007
-PART = re.compile(r"\.(?P<name>.+)\.(?P<writer>\d+)\.part")  # what is being written
+PART = re.compile(r"\.(?P<name>.+)\.(?P<writer>\d+)(\.old)?\.part")  # what is on its way
 
 
 def part_of(path: Path) -> Path:  # path: of a file or a folder
@@ -95,20 +95,49 @@ def _write_part(path: Path, data: bytes, private: bool):
         os.fsync(f.fileno())
 
 
+# %% ../../nbs/engine/files.ipynb #files-keep
+def _old_of(path: Path) -> Path:
+    "The second name of what stands at `path`."
+    return path.with_name(f".{path.name}.{os.getpid()}.old.part")
+
+
+def _keep(path: Path):
+    "Give what stands there its second name; a disk without links gets a copy."
+    if path.is_file():
+        try:
+            os.link(path, _old_of(path))
+        except OSError:
+            shutil.copy2(path, _old_of(path))
+
+
+def _bring_back(path: Path):
+    "Put what was kept in its place again, or nothing where nothing was."
+    with contextlib.suppress(OSError):
+        if _old_of(path).exists():
+            os.replace(_old_of(path), path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 # %% ../../nbs/engine/files.ipynb #f0e98396
 def write_together(
     files: Mapping[Path, bytes],  # where each file shall be -> its whole content
     private: bool = False,  # True: only this user may read them, and a folder made for them
 ):
-    """Write files that belong together: a crash or a full disk leaves all of them as they were.
+    """Write files that belong together. A kill meanwhile leaves each of them whole, new or old.
 
-    Raises `SsahError` when it cannot."""
+    Raises `SsahError` when it cannot; then all of them are as they were."""
     path = None
     try:
         for path, data in files.items():
             _write_part(path, data, private)
-        for path in files:
-            os.replace(part_of(path), path)
+        with contextlib.ExitStack() as undo:
+            for path in files:
+                if len(files) > 1:
+                    _keep(path)
+                    undo.callback(_bring_back, path)
+                os.replace(part_of(path), path)
+            undo.pop_all()
     except OSError as e:
         raise SsahError(
             f"cannot write {path} ({e.strerror}); nothing was changed there: "
@@ -116,8 +145,9 @@ def write_together(
         ) from None
     finally:  # also when it is interrupted
         for path in files:
-            with contextlib.suppress(OSError):
-                part_of(path).unlink(missing_ok=True)
+            for left in (part_of(path), _old_of(path)):
+                with contextlib.suppress(OSError):
+                    left.unlink(missing_ok=True)
 
 
 # %% ../../nbs/engine/files.ipynb #8ba58cb3

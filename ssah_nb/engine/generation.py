@@ -180,6 +180,6 @@ def generate(
     prompts = as_prompts(prompts)
     encoded = begun(tokenizer, prompts, system, prefill)
     tokens = greedy_tokens(model, encoded, stop_ids(model, tokenizer), max_new_tokens, batch_size)
-    if prefill:
+    if prefill.strip():
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens]
     return spoken_answers(tokenizer, tokens)

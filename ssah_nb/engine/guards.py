@@ -180,7 +180,7 @@ def strongreject_scores(
     ask: list[Any] = [(digit,) for digit in digits]
     chances = np.exp(sequence_log_probabilities(model, encoded, ask, batch_size))
     scores = chances @ np.linspace(0, 1, 5) / chances.sum(1)
-    return np.where(chances.sum(1) > 0.5, scores, np.nan)
+    return np.where(chances.sum(1) >= 0.5, scores, np.nan)
 
 
 # %% ../../nbs/engine/guards.ipynb #guards-012

@@ -179,7 +179,8 @@ def in_portions(model: nn.Module, names: list[str]) -> Iterator[list[str]]:
             yield portion
             portion, taken = [], 0
         portion, taken = [*portion, name], taken + size
-    yield portion
+    if portion:
+        yield portion
 
 
 # %% ../../nbs/engine/holding.ipynb #966c7841

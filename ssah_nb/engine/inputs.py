@@ -99,6 +99,8 @@ def are_named_sets(given) -> bool:  # what a user passed
     if not isinstance(given, Mapping) or not given or set(given) & set(COLUMNS):
         return False
     columns = (str, bytes, np.ndarray, pd.Series)
+    if all(isinstance(part, (list, tuple)) and not part for part in given.values()):
+        return False  # no rows, as of data[:0]
     return not any(
         isinstance(part, columns)
         or not isinstance(part, Iterable)

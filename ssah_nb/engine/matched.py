@@ -8,6 +8,7 @@ __all__ = [
     'Average',
     'copy_into',
     'finetune_part',
+    'check_passes',
     'finetune_until',
     'mcnemar',
 ]
@@ -44,7 +45,7 @@ class Average:
     def __init__(
         self,
         parameters: list[nn.Parameter],  # what is averaged
-        decay: float,  # weight of what was before, 0 to 1
+        decay: float,  # weight of what was before, 0 to below 1
     ):
         self.parameters, self.decay = parameters, decay
         self.values = [p.detach().float().clone() for p in parameters]
@@ -86,6 +87,17 @@ def finetune_part(
     return history.attrs["seconds"], history.attrs["optimizer_bytes"] / 1e6
 
 
+# %% ../../nbs/engine/matched.ipynb #matched-check
+def check_passes(max_epochs: float, target: float | None, ema: float):  # of `finetune_until`
+    "Raise `SsahError` for a number that is out of range."
+    check_amounts(max_epochs=max_epochs, target=1 if target is None else target)
+    check_shares(ema=ema)
+    if max_epochs < 1:
+        raise SsahError(f"max_epochs={max_epochs!r} is less than the first pass; give 1 or more")
+    if ema == 1:
+        raise SsahError(f"ema={ema!r} would keep the weights as they are; give less than 1")
+
+
 # %% ../../nbs/engine/matched.ipynb #9efa7942
 def finetune_until(
     model: PreTrainedModel,  # trained in place, whatever of it has requires_grad
@@ -93,15 +105,14 @@ def finetune_until(
     pairs: Iterable[dict],  # {"prompt", "response"} rows
     target: float | None = None,  # training perplexity to reach; None: one pass
     max_epochs: float = 2,  # passes at most, 1 or more
-    ema: float = 0.0,  # decay of an average of the weights, which then replaces them; 0: none
+    ema: float = 0.0,  # decay of an average, below 1, which then replaces the weights; 0: none
     lr: float = 1e-4,  # peak learning rate of the first pass; half of it later
     seed: int = 0,  # seed of the order
     extra: Iterable[dict] = (),  # pairs that are mixed in, and are no part of the perplexity
     **training,  # of `finetune`, e.g. batch_size, max_response, anchor
 ) -> dict:
     "{epochs, training_perplexity, reached, optimizer_mb, seconds}: passes, what they reached."
-    check_amounts(max_epochs=max_epochs, target=1 if target is None else target)
-    check_shares(ema=ema)
+    check_passes(max_epochs, target, ema)
     pairs, seconds, now = as_pairs(pairs), 0.0, math.inf
     extra = as_pairs(extra, at_least=0)
     trained = [p for p in model.parameters() if p.requires_grad]

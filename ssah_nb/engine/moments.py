@@ -242,7 +242,9 @@ def check_statistics(tensors: dict, info: dict, where: str):  # what was read, a
     channels = tuple(f"channels.{kind}" for kind in kinds)
     check_tensors(tensors, dict.fromkeys(channels), where)
     check_layers(tensors, channels, where, model)
-    heads = model.get("heads", 0) if "model" in info else 1
+    heads = model.get("heads") if "model" in info else 1
+    if heads is None:
+        raise SsahError(f"{where} does not say how many heads its model has; write it again")
     if not heads or tensors[channels[1]].shape[1] % heads:
         raise SsahError(f"{where} has channels for no whole number of heads; write it again")
     parts = [part for part in ("mean", "m2", "count", "weights") if part == "weights" or count]

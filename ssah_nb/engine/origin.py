@@ -15,6 +15,7 @@ __all__ = [
     'base_of',
     'origin',
     'named_base',
+    'way_out',
     'check_base',
 ]
 
@@ -119,10 +120,23 @@ def named_base(base: dict) -> str:  # from `base_of`
     "A model in words."
     name = base.get("id") or f"a {base.get('architecture')} model without a hub id"
     revision = f"revision {base['revision']}, " if base.get("revision") else ""
-    return f"{name} ({revision}weights {base.get('weights')})"
+    return f"{name} ({revision}weights {base.get('weights') or 'without a hash'})"
 
 
 # %% ../../nbs/engine/origin.ipynb #5f7763f6
+def way_out(base: dict, mine: dict) -> str:  # from `base_of`: what is wanted, what is here
+    "What to do where the model is another or cannot be compared; empty where it is the same."
+    if mine["architecture"] != base.get("architecture"):
+        return "load a model of that architecture"
+    if mine["weights"] is None:
+        why = "a hash needs weights that are unpacked and in this process"
+        return f"{why}, so load it whole and unquantized, or leave model out"
+    if mine["weights"] == base["weights"]:
+        return ""
+    differs = "the model is meant to differ, as one that was fine-tuned or has an adapter"
+    return f"load that revision, or leave model out if {differs}"
+
+
 def check_base(
     base: dict | None,  # what a thing says of its model, from `base_of`
     model: PreTrainedModel,  # what it shall be used on
@@ -135,9 +149,6 @@ def check_base(
             "compared with the model; leave model out, or make it again"
         )
     mine = base_of(model)
-    if any(mine[fact] != base.get(fact) for fact in ("architecture", "weights")):
-        raise SsahError(
-            f"this {called} was made on {named_base(base)}, and the model is {named_base(mine)}; "
-            "load that revision, or leave model out if the model is meant to differ, as one that "
-            "was fine-tuned or has an adapter"
-        )
+    if todo := way_out(base, mine):
+        both = f"made on {named_base(base)}, and the model is {named_base(mine)}"
+        raise SsahError(f"this {called} was {both}; {todo}")

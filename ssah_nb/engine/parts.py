@@ -366,7 +366,9 @@ def check_trains(
 ):
     "Raise `SsahError` when nothing would be left to train."
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    full = [name for name, (rows, _) in plan.items() if rows.all()]
-    held = {f"{name}.{p}" for name in full for p in ("weight", "bias")} | set(full)
+    full = {name: dim for name, (rows, dim) in plan.items() if rows.all()}
+    held = {f"{name}.weight" for name in full} | set(full)
+    held |= {f"{name}.bias" for name, dim in full.items() if dim == 0}
+    what = "no unit" if everything else "nothing"
     if everything or not trained - held - set(off):
-        raise SsahError("this leaves nothing to train; leave some units out of the mask")
+        raise SsahError(f"this leaves {what} to train; leave some units out of the frozen ones")

@@ -21,16 +21,18 @@ import random
 import torch
 import torch.nn.functional as F
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .alignment import STOCK_REFUSALS
 from .inputs import as_pairs, as_preferences, as_responses
 from .limits import check_amounts, check_counts, check_limits, check_seed
+from .models import is_mixed
 from .run import SsahError
 from .states import check_in_memory, check_values
-from .batches import TokenBatch, response_losses, token_batches
+from .batches import TokenBatch, evaluation_mode, response_losses, token_batches
 from .chat import encode_pairs
 from .forward import context_of
-from .training import optimize, training_batches
+from .training import mixed_precision, optimize, training_batches
 
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-005
@@ -130,16 +132,16 @@ def all_margins(
     model: PreTrainedModel,  # a causal language model
     answers: Answers,  # of all rows
     max_tokens: int,  # tokens that are run at once
+    mixed: bool | None = None,  # as in `finetune`
 ) -> torch.Tensor:
     "log p(chosen) − log p(rejected) of each row, [rows], nats."
     check_in_memory(model)
-    batches = preference_batches(answers, 16, random.Random(0))
-    found = {
-        r: m
-        for batch in batches
-        for part, (chosen, rejected) in answer_log_probabilities(model, answers, batch, max_tokens)
-        for r, m in zip(part, chosen - rejected)
-    }
+    mixed, found = is_mixed(model) if mixed is None else mixed, dict[int, torch.Tensor]()
+    with evaluation_mode(model), mixed_precision(model) if mixed else nullcontext():
+        for batch in preference_batches(answers, 16, random.Random(0)):
+            parts = answer_log_probabilities(model, answers, batch, max_tokens)
+            for rows, (chosen, rejected) in parts:
+                found |= zip(rows, chosen - rejected)
     margins = torch.stack([found[r] for r in range(len(found))])
     check_values(margins, model, lambda row: f"the margin of row {row}")
     return margins
@@ -152,12 +154,13 @@ def reference_margins(
     rows: Iterable[dict],  # from `preferences`
     max_response: int | None = None,  # tokens kept of each answer
     max_tokens: int = 1024,  # tokens that are run at once
+    mixed: bool | None = None,  # as in `finetune`
 ) -> torch.Tensor:
     "log p(chosen) − log p(rejected) of each row under the reference, [rows], nats."
     check_counts(max_tokens=max_tokens)
     check_limits(max_response=max_response)
     answers = encode_preferences(model, tokenizer, as_preferences(rows), max_response)
-    return all_margins(model, answers, max_tokens)
+    return all_margins(model, answers, max_tokens, mixed)
 
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-008
@@ -184,7 +187,7 @@ def finetune_dpo(
     rows, order = as_preferences(rows), random.Random(seed)
     answers = encode_preferences(model, tokenizer, rows, max_response)
     if reference is None:
-        reference = all_margins(model, answers, max_tokens)
+        reference = all_margins(model, answers, max_tokens, mixed)
     if len(reference) != len(rows):
         raise SsahError(
             f"reference has {len(reference)} margins for {len(rows)} rows; "

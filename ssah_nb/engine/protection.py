@@ -62,7 +62,7 @@ class Asked:
     second: list[str]  # harmful prompts of another kind
     benign: list[dict]  # pairs that are not trained on
     contrast: list[str]  # harmless prompts with alarming words
-    training: list[dict]  # pairs that are trained on
+    training: list[dict]  # pairs that are trained on; their losses are measured, nothing else
     poison: list[str]  # harmful prompts that may be trained on, and are not asked
 
 
@@ -77,9 +77,9 @@ def unused_prompts(
 
 
 # %% ../../nbs/engine/protection.ipynb #798edd3a
-def even_sample(pairs: list[dict], most: int) -> list[dict]:
+def even_sample(pairs: list[dict], least: int) -> list[dict]:
     "At least so many of the pairs, evenly spread; all where there are fewer."
-    return pairs[:: max(1, len(pairs) // most)]
+    return pairs[:: max(1, len(pairs) // least)]
 
 
 def asked_of(
@@ -87,7 +87,9 @@ def asked_of(
     calibration: Iterable[dict],  # pairs that attribution and the anchors use
     sizes: dict[str, int],  # evaluate, further, second, benign, contrast, training, poison
 ) -> Asked:
-    "What every model is asked, at most so many of each; no prompt is asked and trained on."
+    """At most so many of each; of `training`, whose losses alone are measured, at least so many.
+
+    No prompt that is answered is trained on."""
     unused = unused_prompts(splits, calibration)
     kept = max(0, len(unused) - sizes["poison"])
     second = splits.pairs.get(("harmful", "evaluate_second"), [])

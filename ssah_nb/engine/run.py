@@ -275,13 +275,17 @@ def processor(
 
 
 # %% ../../nbs/engine/run.ipynb #b94b5bee
-def versions() -> dict[str, str]:
-    "What a result's last digits depend on: the versions, and the processor."
+def versions(
+    device: torch.device | str = "cpu",  # where the model is
+) -> dict[str, str]:
+    "What a result's last digits depend on: the versions, and the processors."
     found = {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu": processor(),
     }
+    if torch.device(device).type == "cuda":
+        found["gpu"] = processor(device)
     for n in ("torch", "transformers", "datasets", "numpy", "lm_eval", "matplotlib", "ssah_nb"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[n] = metadata.version(n)
@@ -316,7 +320,7 @@ def finish_run(
         "device": str(getattr(model, "device", "none")),
         "dtype": str(getattr(model, "dtype", "none")),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": versions(getattr(model, "device", "cpu")),
         "files": {p.name: h for p, h in hashes.items() if p.parent == run.figures},
         "kept": {p.name: h for p, h in hashes.items() if p.parent != run.figures},
     }

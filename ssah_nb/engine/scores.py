@@ -186,6 +186,8 @@ def check_same_scoring(a: Statistics, b: Statistics):
     "Raise `SsahError` unless both have one model, weights included, method and chat template."
     same = "model", "method", "tokens", "chat template"
     wrong = [key for key in same if a.info.get(key) != b.info.get(key)]
+    if not wrong and a.moments.keys() != b.moments.keys():
+        wrong = ["kinds of units"]
     both = [(w, b.weights[kind]) for kind, w in a.weights.items() if kind in b.weights]
     if not wrong and not all(torch.allclose(v, w, rtol=1e-5, atol=0) for v, w in both):
         wrong = ["weights"]

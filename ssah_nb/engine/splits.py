@@ -189,7 +189,8 @@ def take(
     pairs = [pair for layer in zip_longest(*groups) for pair in layer if pair]
     if len(pairs) < rows:
         raise SsahError(
-            f"split {what} wants {rows} rows, only {len(pairs)} are left; lower its size"
+            f"split {what} wants {rows} rows, only {len(pairs)} are left; "
+            "give more rows, or lower its size"
         )
     return pairs[:rows]
 
@@ -244,8 +245,7 @@ def harmful_splits(
     take(groups, evaluate + attribute, "harmful evaluate + attribute")
     pool = groups[evaluate : evaluate + attribute]
     align = take(pool, lent, "harmful align") + take(second, lent_second, "harmful align")
-    if further:
-        align += take(further, max(sizes["harmful_align"] - len(align), 0), "harmful align")
+    align += take(further, max(sizes["harmful_align"] - len(align), 0), "harmful align")
     splits = {("harmful", "align"): align} if align else {}
     rest = max(attribute - lent, 0)
     splits["harmful", "attribute"] = take(pool[lent:], rest, "harmful attribute")
@@ -304,13 +304,14 @@ def make_splits(
     Raises `SsahError` on overlap, or when rows are too few."""
     check_seed(seed)
     check_counts(max_words=max_words)
-    sizes = check_sizes(sizes)
     splits: dict[tuple[str, str], list[dict]] = {}
     groups, second, further = (
         prompt_groups(as_pairs(rows, needs_response=False, at_least=0), seed)
         for rows in (harmful, second_harmful, align_harmful)
     )
-    if groups:
+    default = {} if further else {"harmful_align": 0}
+    sizes = check_sizes(default | (sizes or {}))
+    if groups or second or further:
         splits |= harmful_splits(groups, second, further, sizes)
     groups = prompt_groups(usable_benign(benign, max_words), seed)
     if groups:

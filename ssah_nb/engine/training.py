@@ -6,6 +6,7 @@
 __all__ = [
     'Masters',
     'mixed_precision',
+    'training_mode',
     'gradients_to',
     'training_batches',
     'rate_share',
@@ -53,6 +54,16 @@ def mixed_precision(model: PreTrainedModel) -> Iterator[None]:  # any model, PEF
     finally:
         if plain:
             model.set_attn_implementation(attention)
+
+
+@contextmanager
+def training_mode(model: torch.nn.Module) -> Iterator[None]:  # any model
+    "The model in training mode; in evaluation mode afterwards, after an error, too."
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 # %% ../../nbs/engine/training.ipynb #training-013
@@ -189,8 +200,8 @@ def optimize(
         raise SsahError("no parameter of the model is trainable; unfreeze some of it")
     mixed = is_mixed(model) if mixed is None else mixed
     stepper, losses = Stepper(trained, lr, len(batches)), []
-    model.train()
-    with gradients_to(stepper.masters), mixed_precision(model) if mixed else nullcontext():
+    products = mixed_precision(model) if mixed else nullcontext()
+    with training_mode(model), gradients_to(stepper.masters), products:
         for rows in progress(batches, "training"):
             losses.append(backward_parts(part_losses(rows)))
             check_loss(losses, lr)
@@ -204,7 +215,6 @@ def optimize(
                 stepper.follow()
             if after_step:
                 after_step()
-    model.eval()
     history = pd.DataFrame({"step": range(len(losses)), "loss": losses})
     history.attrs |= {"optimizer_bytes": stepper.nbytes(), "seconds": time.time() - start}
     return history

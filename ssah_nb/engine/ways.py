@@ -79,8 +79,13 @@ class Ways(MutableMapping[str, Way]):
         chapter, self.chapter = self.chapter, ""
         if chapter:
             own = dict(self.known)
-            import_module(chapter)
-            self.known |= own  # what a reader has changed stays
+            try:
+                import_module(chapter)
+            except BaseException:
+                self.chapter = chapter  # the next reader tries again
+                raise
+            finally:
+                self.known |= own  # what a reader has changed stays
         return self.known
 
     def __getitem__(self, name: str) -> Way:
@@ -109,7 +114,7 @@ class Ways(MutableMapping[str, Way]):
 WAYS = Ways("ssah_nb.anchoring")
 CHANGES = {
     "lr_factor": "times the learning rate",
-    "ema": "decay of an average of the weights, which then replaces them, 0 to 1",
+    "ema": "decay of an average of the weights, which then replaces them, 0 to below 1",
     "extra": "pairs that are mixed in; the perplexity stays that of the task's pairs alone",
     "anchor": "an object whose loss(model) joins the loss of each step",
     "token_losses": "(losses [tokens], their pairs as token ids) -> the losses to train on",
@@ -321,19 +326,21 @@ OTHERS |= {
 
 # %% ../../nbs/engine/ways.ipynb #ways-m02
 def parts_of(thing: Any) -> list:
-    "What an object holds: its attributes, items, or what a function has bound."
+    "What an object holds: its attributes, items, or what a function has bound or as defaults."
     if isinstance(thing, nn.Module):
-        return [*thing.parameters(), *thing.buffers()]
+        plain = (value for part in thing.modules() for value in vars(part).values())
+        return [*thing.parameters(), *thing.buffers(), *filter(torch.is_tensor, plain)]
     if isinstance(thing, dict):
         return list(thing.values())
     if isinstance(thing, list | tuple | set):
         return list(thing)
     if isinstance(thing, partial):
-        return [thing.func, *thing.args]
+        return [thing.func, *thing.args, *thing.keywords.values()]
     if inspect.ismethod(thing):
         return [thing.__self__]
     if inspect.isfunction(thing):
-        return [cell.cell_contents for cell in thing.__closure__ or ()]
+        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+        return [*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
     no_data = isinstance(thing, type | ModuleType | PreTrainedTokenizerBase)
     return [] if no_data else list(getattr(thing, "__dict__", {}).values())
 
