@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from run_chapter import ENVIRONMENT, chapters
+from run_chapter import ENVIRONMENT, notebooks
 
 HIDDEN = {"stderr"}  # progress bars and warnings of this machine
 
@@ -45,6 +45,6 @@ def store(chapter: str) -> None:
 
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT, SSAH_PROGRESS="0", HF_HUB_OFFLINE="1")
-    for name in sys.argv[1:] or chapters():
+    for name in sys.argv[1:] or notebooks():
         print(name, flush=True)
         store(name)
