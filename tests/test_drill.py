@@ -189,7 +189,8 @@ def test_a_kernel_whose_chapter_was_killed_is_ended(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [0, 3000])
-def test_a_full_disk_is_one_line_and_leaves_the_old_notebook(size, project):
+def test_a_full_disk_is_one_line_and_leaves_the_old_notebook(size, project, monkeypatch):
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # it could not write either
     settings(project)
     chapter = [sys.executable, "workflow/run_chapter.py", "smoke", "00_start", "1"]
     done = project / "runs/smoke/notebooks/00_start.ipynb"
