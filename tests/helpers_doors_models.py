@@ -95,9 +95,13 @@ FOLDERS = Door(
 )
 
 
+def use_users_model(folder: Path):
+    users_model.check_model(str(folder / "model"))
+
+
 USERS_MODEL = Door(
     FOLDERS.make,
-    lambda folder: users_model.check_model(str(folder / "model")),
+    use_users_model,
     {"model/model.safetensors": 8, "model/config.json": 6},
     FOLDER_DAMAGE,
     ProfileError,

@@ -37,7 +37,9 @@ from ssah_nb.engine.alignment import STOCK_REFUSALS
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 CHAPTERS = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
-PAGES = sorted(path for path in NBS.glob("engine/**/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+PAGES = sorted(
+    path for path in NBS.glob("engine/**/*.ipynb") if ".ipynb_checkpoints" not in path.parts
+)
 NOTEBOOKS = [*CHAPTERS, NBS / "index.ipynb", NBS / "protection.ipynb", *PAGES]
 EXECUTED = sorted((ROOT / "runs/embedded/notebooks").glob("[0-9][0-9]_*.ipynb"))  # the site's
 
