@@ -87,7 +87,7 @@ outputs: $(READY)  ## run the chapters with their default parameters and keep th
 	@exec $(BIN)/python workflow/store_outputs.py
 
 export: $(READY)  ## nbs/*.ipynb -> ssah_nb/*.py
-	@$(BIN)/python workflow/clean_notebooks.py && $(BIN)/nbdev_export && $(BIN)/ruff format -q ssah_nb
+	@$(BIN)/python workflow/clean_notebooks.py && $(BIN)/nbdev_export
 
 readme: $(READY)  ## nbs/index.ipynb -> README.md; the source of cells tagged remove_input stays out
 	@$(BIN)/jupyter nbconvert nbs/index.ipynb --execute --to notebook --output-dir runs/readme --log-level ERROR

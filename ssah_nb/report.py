@@ -14,7 +14,6 @@ from .engine.claims import LEFT_OUT, claims_of, is_left_out, measure, unit_of
 from .engine.drawings.report import in_words
 from .engine.run import SsahError
 
-
 # %% ../nbs/09_report.ipynb #09-report-017
 def verdict(
     low: float,  # lower end of the 95 % interval
@@ -34,12 +33,10 @@ def verdict(
         return "holds"
     return "fails" if high <= start or low >= end else "open"
 
-
 # %% ../nbs/09_report.ipynb #09-report-020
 def paper_numbers() -> pd.DataFrame:
     "Every number of the paper, tidy: [table, model, setting, benchmark, metric, value, unit]."
     return pd.read_csv(resources.files("ssah_nb") / "paper_numbers.csv")
-
 
 # %% ../nbs/09_report.ipynb #09-report-021
 def printed(
@@ -59,7 +56,6 @@ def printed(
         raise SsahError(f"the paper prints no {metric} for {where}")
     return float(found.value.iloc[0])
 
-
 # %% ../nbs/09_report.ipynb #09-report-028
 def printed_numbers(
     lookups: str,
@@ -78,7 +74,6 @@ def printed_numbers(
         }
         found.append(round(100 * cells[after] / sum(cells.values()), 1))
     return found
-
 
 # %% ../nbs/09_report.ipynb #09-report-029
 SIDES = {">": "above", "<": "below", "within": "near"}
@@ -101,7 +96,6 @@ def judge(
         row["verdict"] = LEFT_OUT if is_left_out(rows, claim) else judged
         found.append(row | {"unit": unit_of(claim)})
     return pd.DataFrame(found)
-
 
 # %% ../nbs/09_report.ipynb #09-report-030
 def in_short(claims: pd.DataFrame) -> pd.DataFrame:  # from `judge`

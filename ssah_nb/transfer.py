@@ -36,14 +36,12 @@ def make_finetuned(
     save_model(model, tokenizer, run.path("models", "finetuned"))
     return model, tokenizer, history
 
-
 # %% ../nbs/05_transfer.ipynb #05-transfer-011
 def load_finetuned(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The fine-tuned model of this run; a chapter that is opened alone makes it if need be."
     if run.profile in ("alone", "smoke") and not run.path("models", "finetuned").exists():
         make_finetuned(run, **FINETUNING)
     return load_stage(run, "finetuned")
-
 
 # %% ../nbs/05_transfer.ipynb #05-transfer-023
 def class_counts(
@@ -56,7 +54,6 @@ def class_counts(
         cells = getattr(before, kind).long() * size + getattr(after, kind).long()
         counts[kind] = torch.bincount(cells.flatten(), minlength=size**2).view(size, size)
     return {"global": counts["attention"] + counts["mlp"]} | counts
-
 
 # %% ../nbs/05_transfer.ipynb #05-transfer-024
 def transfer(
@@ -76,7 +73,6 @@ def transfer(
                 rows.append((module, CLASSES[i], CLASSES[j], n, n / total, n / max(own, 1)))
     columns = ["module", "before", "after", "units", "share_of_units", "share_of_class"]
     return pd.DataFrame(rows, columns=columns)
-
 
 # %% ../nbs/05_transfer.ipynb #05-transfer-025
 def lost(

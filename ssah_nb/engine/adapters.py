@@ -39,7 +39,6 @@ def with_adapter(
         adapted: Any = get_peft_model(model, config)
         return adapted
 
-
 # %% ../../nbs/engine/adapters.ipynb #adapters-014
 def adapter_parts(
     module: nn.Module,  # a linear that carries LoRA
@@ -57,7 +56,6 @@ def adapter_parts(
     if any(p.requires_grad for p in module.base_layer.parameters()):
         names.append(f"{name}.base_layer")
     return names
-
 
 # %% ../../nbs/engine/adapters.ipynb #c24e22ef
 def linears_to_split(
@@ -86,7 +84,6 @@ def linears_to_split(
             "choose other units or other target_modules"
         )
     return found
-
 
 # %% ../../nbs/engine/adapters.ipynb #adapters-007
 @torch.no_grad()

@@ -10,7 +10,6 @@ from typing import Any
 
 from .run import SsahError
 
-
 # %% ../../nbs/engine/alike.ipynb #alike-004
 def check_scores(scored: Any, square_attention: bool):  # scored: an importance
     "Raise `SsahError` for scores without a spread: NaN, infinite, or too large to be squared."
@@ -23,7 +22,6 @@ def check_scores(scored: Any, square_attention: bool):  # scored: an importance
                 f"importance of {kind} units in layer {int(fine.int().argmin())} is NaN, infinite "
                 "or too large to be squared, so the layer has no spread; score the model again"
             )
-
 
 # %% ../../nbs/engine/alike.ipynb #8b8156b0
 def classified(
@@ -43,7 +41,6 @@ def classified(
     texts = {name: s.info["calibration"] for name, s in sets.items() if "calibration" in s.info}
     return utility.info | shares | options | window | {"calibration": texts}
 
-
 # %% ../../nbs/engine/alike.ipynb #alike-006
 SCORING = ("method", "tokens", "max_response", "safety_max_response", "system", "safety_system")
 SHARES = ("scu", "ucu", "ru", "ratio_of", "square_attention")
@@ -53,7 +50,6 @@ def stated(info: dict) -> dict:  # of a unit map
     "What it says of the ways of scoring and classifying; a chat template's facts one by one."
     template = {f"chat template: {k}": v for k, v in (info.get("chat template") or {}).items()}
     return {key: info[key] for key in SCORING + SHARES if key in info} | template
-
 
 # %% ../../nbs/engine/alike.ipynb #f6fa2c8d
 def check_comparable(before: Any, after: Any):  # two unit maps

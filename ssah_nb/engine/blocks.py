@@ -33,7 +33,6 @@ def lacking(layer: nn.Module) -> str:  # a block
             return f"{name} ({type(module).__name__}) has no linear {', '.join(missing[0])}"
     return ""
 
-
 # %% ../../nbs/engine/blocks.ipynb #blocks-equal
 def check_equal_layers(
     owner: str,  # what the errors call the model

@@ -14,7 +14,6 @@ from .inputs import as_pairs
 from .opening import read_json
 from .run import Run, SsahError
 
-
 # %% ../../nbs/engine/calibration.ipynb #calibration-004
 def can_make(run: Run, path: Path) -> bool:  # path: what chapter 03 saves
     "True in a chapter that is opened alone. Raises `SsahError` where chapter 03 has to run."
@@ -32,7 +31,6 @@ def save_calibration(run: Run, sets: dict[str, list[dict]], options: dict):
     text = json.dumps({"sets": sets, "options": options}, indent=1)
     write_atomic(run.path("calibration.json"), text.encode(), private=True)
 
-
 # %% ../../nbs/engine/calibration.ipynb #b16dcf58
 def read_calibration(run: Run) -> tuple[dict[str, list[dict]], dict]:
     "The pairs and the options that `save_calibration` wrote."
@@ -42,7 +40,6 @@ def read_calibration(run: Run) -> tuple[dict[str, list[dict]], dict]:
     if not isinstance(sets, dict) or not isinstance(options, dict):
         raise SsahError(f"{path} has no sets and options; run chapter 03_attribution again")
     return {name: as_pairs(pairs) for name, pairs in sets.items()}, options
-
 
 # %% ../../nbs/engine/calibration.ipynb #calibration-006
 def with_halves(

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from .run import SsahError
 from torch import nn
 
-
 # %% ../../nbs/engine/columns.ipynb #columns-entering
 @torch.no_grad()
 def entering(
@@ -28,7 +27,6 @@ def entering(
     finally:
         hook.remove()
     return seen[0].float()
-
 
 # %% ../../nbs/engine/columns.ipynb #columns-without
 @contextmanager
@@ -46,7 +44,6 @@ def without_columns(
     finally:
         for weight, before in zip(weights, kept):
             weight.copy_(before)
-
 
 # %% ../../nbs/engine/columns.ipynb #columns-draw
 def draw_like(

@@ -20,7 +20,6 @@ from .judges import DEFAULT_JUDGE, Judge, judged
 from .limits import check_seed
 from .margin import refusal_margins
 
-
 # %% ../../nbs/engine/contrast.ipynb #contrast-005
 def contrast_table() -> pd.DataFrame:  # pair, prompt, safe
     "The prompts as they lie in the package, two rows a pair."
@@ -32,7 +31,6 @@ def contrast_prompts() -> tuple[list[str], list[str]]:
     table = contrast_table().sort_values("pair")
     safe, unsafe = (table[table.safe == flag].prompt.tolist() for flag in (1, 0))
     return safe, unsafe
-
 
 # %% ../../nbs/engine/contrast.ipynb #contrast-008
 def refused_each(
@@ -54,7 +52,6 @@ def refused_each(
 def rate_of(outcomes: np.ndarray) -> Estimate:  # 0 and 1
     "Their share of ones, with Wilson's interval."
     return wilson(int(outcomes.sum()), len(outcomes))
-
 
 # %% ../../nbs/engine/contrast.ipynb #87737464
 def contrast_report(

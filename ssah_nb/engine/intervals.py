@@ -16,7 +16,6 @@ import pandas as pd
 from .limits import check_seed
 from .run import SsahError
 
-
 # %% ../../nbs/engine/intervals.ipynb #intervals-004
 @dataclass(frozen=True)
 class Estimate:
@@ -39,7 +38,6 @@ class Estimate:
             f"{name}_n": self.n,
         }
 
-
 # %% ../../nbs/engine/intervals.ipynb #a48edc83
 def wilson(
     successes: int,  # outcomes that were "yes"
@@ -56,7 +54,6 @@ def wilson(
     low = 0.0 if successes == 0 else middle - half
     high = 1.0 if successes == n else middle + half
     return Estimate(p, low, high, n)
-
 
 # %% ../../nbs/engine/intervals.ipynb #intervals-006
 def bootstrap_mean(
@@ -88,7 +85,6 @@ def bootstrap_mean(
     low, high = np.quantile(totals[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
     return Estimate(float(totals.sum() / counts.sum()), float(low), float(high), totals.size)
 
-
 # %% ../../nbs/engine/intervals.ipynb #intervals-exp-1
 def exp(x: float) -> float:  # a mean loss, nats
     "e to the power of x; infinite where that is too large for a number."
@@ -101,7 +97,6 @@ def exp(x: float) -> float:  # a mean loss, nats
 def exp_of(mean: Estimate) -> Estimate:
     "The exponential of a mean and of its interval."
     return Estimate(exp(mean.value), exp(mean.low), exp(mean.high), mean.n)
-
 
 # %% ../../nbs/engine/intervals.ipynb #intervals-009
 def rate_difference(

@@ -13,7 +13,6 @@ import torch
 from .run import SsahError
 from torch.utils._pytree import tree_leaves, tree_map
 
-
 # %% ../../nbs/engine/live.ipynb #live-004
 def written(func, args: tuple, kwargs: dict) -> list:
     "What an operation of PyTorch writes to."
@@ -28,7 +27,6 @@ def written(func, args: tuple, kwargs: dict) -> list:
 def is_view(func) -> bool:  # an operation of PyTorch
     "Whether what it returns shares the memory of what it was given."
     return any(result.alias_info is not None for result in func._schema.returns)
-
 
 # %% ../../nbs/engine/live.ipynb #live-005
 class LiveTensor(torch.Tensor):
@@ -92,14 +90,12 @@ class LiveTensor(torch.Tensor):
         "The owner, and the name there."
         return self.owner, self.name_in_owner
 
-
 # %% ../../nbs/engine/live.ipynb #live-007
 def read_only(live: LiveTensor, *, force: bool = False) -> np.ndarray:
     "Its numbers for NumPy; writing to the array is an error."
     array = live.plain().clone().numpy(force=force)
     array.flags.writeable = False
     return array
-
 
 # %% ../../nbs/engine/live.ipynb #6065ba26
 def write_all(live: LiveTensor, new: torch.Tensor):
@@ -120,7 +116,6 @@ OWN_METHODS: dict[str, Any] = {  # what a live tensor does in another way than a
 }
 for name, method in OWN_METHODS.items():
     setattr(LiveTensor, name, method)
-
 
 # %% ../../nbs/engine/live.ipynb #live-008
 def show(owner, name: str, settable: bool = False) -> LiveTensor:  # as in `LiveTensor`

@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 # %% ../../nbs/engine/manifest.ipynb #manifest-004
 def sha256_of(path: Path) -> str:
     "The sha256 of a file, 64 hex digits."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # %% ../../nbs/engine/manifest.ipynb #manifest-007
 def commit_of(root: Path) -> str:
@@ -36,7 +34,6 @@ def commit_of(root: Path) -> str:
             return ""
         told.append(answer.stdout.strip())
     return told[0] + ("+changes" if told[1] else "")
-
 
 # %% ../../nbs/engine/manifest.ipynb #manifest-010
 def words_in(value: Any) -> Iterator[str]:  # value: parameters, lists and dicts within each other
@@ -58,7 +55,6 @@ def place_of(row: dict[str, str]) -> str:  # row: of `source_table`
         return f"{row['hub']} at {row['revision']}"
     return "of this project"
 
-
 # %% ../../nbs/engine/manifest.ipynb #manifest-011
 def data_behind(
     folder: Path,  # of the run, with sources.csv and splits.json where its chapters made them
@@ -74,7 +70,6 @@ def data_behind(
                     found[row["name"]] = place_of(row)
     splits = folder / "splits.json"
     return found | ({"splits.json": f"sha256:{sha256_of(splits)}"} if splits.exists() else {})
-
 
 # %% ../../nbs/engine/manifest.ipynb #manifest-014
 def differences(

@@ -18,7 +18,6 @@ from .judges import DEFAULT_JUDGE, judged
 from .margin import refusal_margins
 from .run import write_atomic
 
-
 # %% ../../nbs/engine/outcomes.ipynb #outcomes-005
 def prompt_outcomes(
     model: PreTrainedModel,  # a chat model
@@ -39,7 +38,6 @@ def prompt_outcomes(
         "over_refused": [not yes for yes in answered["benign"]],
         "margin": [float(nats) for nats in refusal_margins(model, tokenizer, harmful)],
     }
-
 
 # %% ../../nbs/engine/outcomes.ipynb #outcomes-007
 def outcome_columns(found: dict[str, list]) -> dict[str, float]:  # from `prompt_outcomes`

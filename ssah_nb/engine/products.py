@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from .sharded import gathered
 from torch.autograd.function import once_differentiable
 
-
 # %% ../../nbs/engine/products.ipynb #products-004
 def adjacent(trained: torch.Tensor, frozen: torch.Tensor) -> bool:
     "Whether the second continues the first in memory."
@@ -27,7 +26,6 @@ def adjacent(trained: torch.Tensor, frozen: torch.Tensor) -> bool:
         and frozen.storage_offset() == trained.storage_offset() + trained.numel()
     )
 
-
 # %% ../../nbs/engine/products.ipynb #products-005
 def whole(
     trained: torch.Tensor,  # [trained rows, ...]
@@ -42,7 +40,6 @@ def whole(
             (len(trained) + len(frozen), *trained.shape[1:]), trained.stride()
         )
     return torch.cat([trained, frozen])
-
 
 # %% ../../nbs/engine/products.ipynb #products-008
 class SplitProduct(torch.autograd.Function):
@@ -73,7 +70,6 @@ class SplitProduct(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             of_bias = grad.flatten(0, -2).sum(0)
         return of_x, of_trained, None, of_bias, None
-
 
 # %% ../../nbs/engine/products.ipynb #products-010
 class Permuted(torch.autograd.Function):

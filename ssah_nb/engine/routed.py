@@ -11,7 +11,6 @@ from .experts import experts_of, fused_shapes, shell_of
 from .moments import ChannelMoments, Moments
 from torch import nn
 
-
 # %% ../../nbs/engine/routed.ipynb #routed-006
 class RoutedMoments:
     "One `Moments` an expert."
@@ -38,7 +37,6 @@ def counted(
         return None
     return torch.isin(tokens, rows.to(tokens.device)).nonzero().squeeze(1)
 
-
 # %% ../../nbs/engine/routed.ipynb #d1b3a50d
 def never_reached(moments: dict[str, list[Moments]]) -> torch.Tensor | None:
     "Which MLP units no token reached, bool [layers, units]; None where every token reaches all."
@@ -55,7 +53,6 @@ def reach(moments: dict[str, list[Moments]]) -> dict:
         return {}
     return {"unreached": {"units": int(never.sum()), "share": never.double().mean().item()}}
 
-
 # %% ../../nbs/engine/routed.ipynb #routed-009
 def reached_zscore(
     x: torch.Tensor,  # [layers, units], raw scores
@@ -70,7 +67,6 @@ def reached_zscore(
         row[~off] = (some - some.mean()) / std if std > 0 else torch.zeros_like(some)
     lowest = torch.cat([z[~never], others.flatten()]).min()
     return torch.where(never, lowest, z)
-
 
 # %% ../../nbs/engine/routed.ipynb #d498e0e6
 def level(

@@ -16,7 +16,6 @@ from .sharded import refuse_sharded
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedModel
 
-
 # %% ../../nbs/engine/states.ipynb #states-005
 def check_values(
     values: torch.Tensor,  # any numbers; the first dimension is named in the error
@@ -32,7 +31,6 @@ def check_values(
             f"{dtype} or its weights are broken; load it in bfloat16 or float32, "
             "or check how it was trained"
         )
-
 
 # %% ../../nbs/engine/states.ipynb #states-008
 class FiniteLogits(LogitsProcessor):
@@ -57,7 +55,6 @@ class FiniteLogits(LogitsProcessor):
             good = torch.where(self.broken, torch.nan, 0.0)
             check_values(good, model, lambda i: f"a logit of the answer to prompt {rows[i]}")
 
-
 # %% ../../nbs/engine/states.ipynb #states-014
 @contextmanager
 def finite_logits(
@@ -78,7 +75,6 @@ def finite_logits(
     values = torch.where(torch.tensor([bool(good) for good in found]), 0.0, torch.nan)
     if len(values):
         check_values(values, model, lambda _: f"a logit of the {what}")
-
 
 # %% ../../nbs/engine/states.ipynb #states-011
 def check_in_memory(

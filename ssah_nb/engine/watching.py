@@ -21,7 +21,6 @@ from .run import progress
 from torch import nn
 from transformers import PreTrainedModel
 
-
 # %% ../../nbs/engine/watching.ipynb #watching-005
 @contextmanager
 def watching(
@@ -58,7 +57,6 @@ def watching(
         for handle in handles:
             handle.remove()
 
-
 # %% ../../nbs/engine/watching.ipynb #watching-007
 @contextmanager
 def activations_only(model: PreTrainedModel) -> Iterator[None]:  # any model
@@ -76,7 +74,6 @@ def activations_only(model: PreTrainedModel) -> Iterator[None]:  # any model
         handle.remove()
         for p, flag in flags.items():
             p.requires_grad_(flag)
-
 
 # %% ../../nbs/engine/watching.ipynb #watching-009
 def run_batch(model: PreTrainedModel, batch: TokenBatch, gradient: bool):
@@ -98,7 +95,6 @@ def in_order(m: Any, model: nn.Module, name: str) -> Moments:  # name: of what i
     linear = model.get_submodule(name)
     order = linear.order.argsort() if getattr(linear, "permuted", False) else slice(None)
     return Moments(m.count, m.mean[order].cpu(), m.m2[order].cpu())
-
 
 # %% ../../nbs/engine/watching.ipynb #watching-010
 def watched_moments(

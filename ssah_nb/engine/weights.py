@@ -32,7 +32,6 @@ def is_unpacked(linear: nn.Module) -> bool:  # any module
     plain = type(linear) is nn.Linear and ordinary and weight.dtype in FLOATS
     return plain and not beside_weight(linear)
 
-
 # %% ../../nbs/engine/weights.ipynb #aea6b442
 def check_unpacked(linear: nn.Module, name: str):  # name: in the model, for the error
     "Raise `SsahError` unless it is a plain linear whose weight needs no unpacking."

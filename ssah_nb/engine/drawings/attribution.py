@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from ..figures import COLOURS
 
-
 # %% ../../../nbs/engine/drawings/attribution.ipynb #drawings-attribution-004
 def draw_unit(
     activations: list[float],  # of one unit, at each token of a response
@@ -36,7 +35,6 @@ def draw_unit(
     plt.close(fig)
     return fig
 
-
 # %% ../../../nbs/engine/drawings/attribution.ipynb #drawings-attribution-007
 COLUMNS = {
     "scores": "compared",
@@ -60,7 +58,6 @@ def unit_table(
     rest = table.index[~table.marked].tolist()
     return table.loc[marked.tolist() + rest].reset_index(drop=True)
 
-
 # %% ../../../nbs/engine/drawings/attribution.ipynb #drawings-attribution-009
 def draw_plane(ax: plt.Axes, x: pd.Series, y: pd.Series, marked: pd.Series | None = None):
     "Two scores of each unit; the diagonal is where they agree."
@@ -75,7 +72,6 @@ def draw_plane(ax: plt.Axes, x: pd.Series, y: pd.Series, marked: pd.Series | Non
     ax.set_xticks(ticks, map(str, ticks))
     ax.set_yticks(ticks, map(str, ticks))
     ax.minorticks_off()
-
 
 # %% ../../../nbs/engine/drawings/attribution.ipynb #b00031cf
 def draw_scores(

@@ -35,7 +35,6 @@ def budget_points(table: pd.DataFrame) -> pd.DataFrame:  # Table 4
     names += ["attack_success_low", "attack_success_high", "over_refusal", "alignment_tax"]
     return table.assign(kind=kinds).sort_values("trained_parameters", kind="stable")[names]
 
-
 # %% ../../../nbs/engine/drawings/budget.ipynb #drawings-budget-006
 def draw_line(ax: plt.Axes, column: str, kind: str, objective: str, line: pd.DataFrame) -> None:
     "One kind of trained units, aligned in one way."
@@ -50,7 +49,6 @@ def draw_line(ax: plt.Axes, column: str, kind: str, objective: str, line: pd.Dat
     if f"{column}_low" in line:
         ends = [100 * line[f"{column}_{end}"] for end in ("low", "high")]
         ax.vlines(x, *ends, color=colour, linewidth=1, alpha=0.7)
-
 
 # %% ../../../nbs/engine/drawings/budget.ipynb #ec0803e4
 def draw_budget(table: pd.DataFrame) -> plt.Figure:  # Table 4
@@ -72,7 +70,6 @@ def draw_budget(table: pd.DataFrame) -> plt.Figure:  # Table 4
     fig.tight_layout(rect=(0, 0.1 if len(names[0]) <= 5 else 0.16, 1, 1))
     plt.close(fig)
     return fig
-
 
 # %% ../../../nbs/engine/drawings/budget.ipynb #drawings-budget-009
 def draw_layers(mlp: list[float], attention: list[float]) -> plt.Figure:

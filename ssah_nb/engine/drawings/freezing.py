@@ -47,7 +47,6 @@ def label(
         return f"{LABELS['random']}, size of {chosen}"
     return f"{chosen} frozen" if way == "scu_top_cu" else LABELS.get(way, way)
 
-
 # %% ../../../nbs/engine/drawings/freezing.ipynb #drawings-freezing-007
 READ = {
     "model": "fine-tuned",
@@ -63,7 +62,6 @@ READ = {
     "optimizer_mb": "AdamW, MB",
 }
 
-
 # %% ../../../nbs/engine/drawings/freezing.ipynb #drawings-freezing-009
 def frozen_curve(
     table: pd.DataFrame,  # Table 2 of a run
@@ -75,7 +73,6 @@ def frozen_curve(
     columns = ["set", "model", "frozen_units"]
     columns += ["attack_success", "attack_success_low", "attack_success_high"]
     return rows[columns].sort_values(["set", "frozen_units"])
-
 
 # %% ../../../nbs/engine/drawings/freezing.ipynb #b0ebf085
 NAMES = {"SCU + top CU": "SCU + top CU frozen", "random": "random units frozen"}

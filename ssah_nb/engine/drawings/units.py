@@ -10,7 +10,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from ..figures import COLOURS
 
-
 # %% ../../../nbs/engine/drawings/units.ipynb #drawings-units-cuts
 def draw_cuts(
     table: pd.DataFrame,  # [share, units, control, perplexity, perplexity_low, perplexity_high]
@@ -36,7 +35,6 @@ def draw_cuts(
     plt.close(fig)
     return fig
 
-
 # %% ../../../nbs/engine/drawings/units.ipynb #5dc065fd
 def draw_measurement(ax: plt.Axes, row):
     "One point with its interval; a control is hollow."
@@ -52,7 +50,6 @@ def draw_measurement(ax: plt.Axes, row):
         markerfacecolor="white" if row.control else COLOURS["SCU"],
         ecolor="black",
     )
-
 
 # %% ../../../nbs/engine/drawings/units.ipynb #drawings-units-rates
 RATES = {
