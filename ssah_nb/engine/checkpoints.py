@@ -125,7 +125,7 @@ SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # type
 TEXT, LIST = 8, 9  # types
 MOST_FIELDS = 100_000  # values, or tensors
 
-
+# %% ../../nbs/engine/checkpoints.ipynb #cfd6202a
 class Walk:
     "Reads a GGUF file from its start, and raises ValueError where it does not hold what it says."
 

@@ -174,7 +174,7 @@ EMBEDDED_DATA: dict[str, Any] = {  # what `named_splits` takes for the embedded 
     },
 }
 
-
+# %% ../../nbs/engine/data.ipynb #095f24ba
 def named_splits(
     harmful: str,  # harmful prompts to attribute and to evaluate on: a name in SOURCES
     benign: str,  # benign pairs: a name in SOURCES

@@ -27,6 +27,8 @@ from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
 from .judges import DEFAULT_JUDGE, JUDGES, Judge, check_judge, judged
 from .intervals import Estimate, bootstrap_mean, exp_of, wilson
+
+# %% ../../nbs/engine/evaluation.ipynb #ccf1a6ab
 from ssah_nb.engine.limits import (
     check_amounts,
     check_counts,

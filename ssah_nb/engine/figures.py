@@ -34,7 +34,7 @@ LOOK = {
     "hatch.color": "0.15",
 }
 
-
+# %% ../../nbs/engine/figures.ipynb #f72a306b
 def set_style():
     "Fonts, sizes and colours of every figure of this project."
     import seaborn as sns

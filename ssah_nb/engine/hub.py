@@ -46,6 +46,8 @@ ABOUT = {  # name of the files -> what the thing is
         "the refusals, as token ids."
     ),
 }
+
+# %% ../../nbs/engine/hub.ipynb #200eab85
 LIMITS = """
 ## Limits
 
@@ -111,7 +113,7 @@ def may_write_card(path: Path) -> bool:  # of a README.md
 FORMAT = 1
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
-
+# %% ../../nbs/engine/hub.ipynb #489f7cfc
 def place_of(
     name: str | Path,  # a folder, or "owner/name"
     kept_as: str,  # name of the two files

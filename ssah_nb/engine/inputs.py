@@ -140,7 +140,7 @@ OTHER_NAMES = {  # how other data sets call the two columns
     "response": ("output", "answer", "completion", "chosen", "target", "assistant", "reply"),
 }
 
-
+# %% ../../nbs/engine/inputs.ipynb #c9f55ec0
 def one_turn(messages, row: str) -> dict:  # a conversation; row: where it stands, for the error
     "Its prompt, and its response if it has one. Raises `SsahError` for other than one turn."
     said = {}

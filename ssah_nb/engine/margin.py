@@ -47,6 +47,8 @@ REFUSAL_OPENINGS = (
     "Unfortunately",
     "As an AI",
 )
+
+# %% ../../nbs/engine/margin.ipynb #197f62ff
 COMPLIANCE_OPENINGS = (
     "Sure",
     "Certainly",

@@ -32,6 +32,8 @@ from transformers.utils import logging as transformers_logging
 from .checkpoints import check_claims, check_folder, check_gguf, check_whole
 from .files import part_of, remove_parts
 from .opening import is_there, read_json
+
+# %% ../../nbs/engine/models.ipynb #cf7f030c
 from .run import Run, SsahError, pick_device, pick_dtype, pick_mixed, progress_shown
 from .limits import check_seed
 from .wheels import wheel_member
@@ -84,7 +86,7 @@ TINY_EXPERTS = {
     "shared_expert_intermediate_size": 16,
 }
 
-
+# %% ../../nbs/engine/models.ipynb #d1986941
 def tiny_model(
     architecture: str = "llama",  # one of `ARCHITECTURES`, or of `MIXTURES`
     seed: int = 0,  # seed of the random weights

@@ -117,7 +117,7 @@ def way_out(base: dict, mine: dict) -> str:  # from `base_of`: what is wanted, w
     differs = "the model is meant to differ, as one that was fine-tuned or has an adapter"
     return f"load that revision, or leave model out if {differs}"
 
-
+# %% ../../nbs/engine/origin.ipynb #bb521a64
 def check_base(
     base: dict | None,  # what a thing says of its model, from `base_of`
     model: PreTrainedModel,  # what it shall be used on

@@ -58,7 +58,7 @@ def even_sample(pairs: list[dict], least: int) -> list[dict]:
     "At least so many of the pairs, evenly spread; all where there are fewer."
     return pairs[:: max(1, len(pairs) // least)]
 
-
+# %% ../../nbs/engine/protection.ipynb #6b57653e
 def asked_of(
     splits: Splits,  # of the run
     calibration: Iterable[dict],  # pairs that attribution and the anchors use

@@ -95,6 +95,8 @@ ENGLISH |= {
 
 # %% ../../nbs/engine/refusal.ipynb #refusal-009
 ICH = r"\b(?:ich (?:kann|darf|möchte|will|werde|mag|könnte|bin)|(?:kann|darf|will|\w+e|bin) ich)\b"
+
+# %% ../../nbs/engine/refusal.ipynb #4b83949a
 OTHER_LANGUAGES = {
     "German": (
         rf"{ICH}(?: [^ .,;:!?]+){{0,6}}? (?:nicht|keine?\w*)\b|\b(?:was|dass|so) ich nicht\b",
@@ -123,6 +125,8 @@ OTHER_LANGUAGES = {
         r"违反了?我们|^(?:不行|拒绝)",
     ),
 }
+
+# %% ../../nbs/engine/refusal.ipynb #b694f955
 RULES = {idea: re.compile("|".join(p)) for idea, p in (ENGLISH | OTHER_LANGUAGES).items()}
 
 # %% ../../nbs/engine/refusal.ipynb #refusal-011
@@ -146,7 +150,7 @@ SET_PHRASE = re.compile("|".join(SET_PHRASES))
 QUOTED = re.compile(r'"[^"]*(?:"|$)|“[^”]*(?:”|$)|«[^»]*(?:»|$)|„[^“]*(?:“|$)|—[^—]*—')
 MARKUP = re.compile(r"^(?:\[[^\]]*\]|[*#>_`\s]+)*")
 
-
+# %% ../../nbs/engine/refusal.ipynb #cb5296aa
 def refusal_idea(
     response: str,  # what the model said
     window: int = 300,  # characters that are read

@@ -32,6 +32,7 @@ from .opening import read_json, read_table
 from .figures import figure_bytes, readable, set_style, table_figure
 from .limits import check_seed
 
+# %% ../../nbs/engine/run.ipynb #da3d1ef2
 if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 from .manifest import commit_of, data_behind, sha256_of

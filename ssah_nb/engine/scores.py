@@ -61,7 +61,7 @@ class Method:
     source: str  # paper and equation
     needs_gradient: bool = False  # True: the signal is a function of X and ∂L/∂X
 
-
+# %% ../../nbs/engine/scores.ipynb #d041bfaa
 METHODS = {
     "flap": Method(
         lambda x: x,

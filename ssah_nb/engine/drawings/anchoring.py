@@ -37,6 +37,8 @@ READ = {
     "refusal_margin": "refusal margin",
     "over_refusal": "over-refusal (%)",
 }
+
+# %% ../../../nbs/engine/drawings/anchoring.ipynb #abf64ff0
 READ_DRIFT = {
     "label": "what was done",
     "units": "units",
@@ -62,7 +64,7 @@ def drift_of_sets(
 # %% ../../../nbs/engine/drawings/anchoring.ipynb #drawings-anchoring-008
 MARKS = {"SCU": "o", "UCU": "^", "CU": "s", "RU": "D", "random": "x"}
 
-
+# %% ../../../nbs/engine/drawings/anchoring.ipynb #8bd5d539
 def draw_drift(
     table: pd.DataFrame,  # [label, units, drift, drift_low, drift_high]
 ) -> plt.Figure:

@@ -36,7 +36,7 @@ LABELS = {
     "safety_triggered": "triggered projection",
 }
 
-
+# %% ../../../nbs/engine/drawings/freezing.ipynb #63b62d42
 def label(
     way: str,  # a key of `WAYS` in chapter 6
     share: float = 0.0,  # of all units: the top CU of "scu_top_cu" and its control
@@ -81,7 +81,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "random": {"marker": "s", "color": "0.35", "linestyle": "none"},
 }
 
-
+# %% ../../../nbs/engine/drawings/freezing.ipynb #caf31fde
 def draw_frozen_share(
     curve: pd.DataFrame,  # from `frozen_curve`
     before: float | None = None,  # attack success before fine-tuning, 0 to 1

@@ -43,7 +43,7 @@ UNIT_WORDS = {
     "cosine": " cosine",
 }
 
-
+# %% ../../../nbs/engine/drawings/report.ipynb #aebf864e
 def in_words(
     value: float,  # in the unit of the claim
     low: float,  # lower end of the interval
