@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_PARTS', 'PARTS', 'PICKLES', 'MOST_JSON', 'SCALARS', 'TEXT', 'LIST', 'MOST_FIELDS', 'check_parts', 'is_large',
-           'check_claims', 'weight_files', 'check_whole', 'check_index', 'numbers_in', 'check_folder', 'Walk',
+           'check_claims', 'weight_files', 'check_whole', 'check_index', 'numbers_in', 'check_folder', 'Cursor', 'Walk',
            'check_lists', 'check_blocks', 'check_stream', 'check_gguf']
 
 # %% ../../nbs/engine/checkpoints.ipynb #checkpoints-002
@@ -125,9 +125,9 @@ SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # type
 TEXT, LIST = 8, 9  # types
 MOST_FIELDS = 100_000  # values, or tensors
 
-# %% ../../nbs/engine/checkpoints.ipynb #cfd6202a
-class Walk:
-    "Reads a GGUF file from its start, and raises ValueError where it does not hold what it says."
+# %% ../../nbs/engine/checkpoints.ipynb #b22541e8
+class Cursor:
+    "A place in a file that moves forward. Raises ValueError where the file ends too early."
 
     def __init__(self, data: mmap.mmap):
         self.data, self.place = data, 0
@@ -149,6 +149,10 @@ class Walk:
     def text(self) -> str:
         return self.take(self.number("Q")).decode()
 
+# %% ../../nbs/engine/checkpoints.ipynb #cfd6202a
+class Walk(Cursor):
+    "Reads a GGUF file from its start, and raises ValueError where it does not hold what it says."
+
     def value(self):
         kind = self.number("I")
         if kind == LIST:
@@ -157,12 +161,9 @@ class Walk:
 
     def list_of(self, kind: int, count: int) -> tuple[int, int]:
         "(entries, bytes); they are not kept."
-        start = self.place
-        if kind != TEXT:
-            self.take(count * struct.calcsize(SCALARS[kind]))
-        for _ in range(count if kind == TEXT else 0):
-            self.take(self.number("Q"))
-        return count, self.place - start
+        if kind == TEXT:  # each begins with its length, in 8 bytes
+            return count, sum(8 + len(self.take(self.number("Q"))) for _ in range(count))
+        return count, len(self.take(count * struct.calcsize(SCALARS[kind])))
 
     def tensor(self) -> tuple[str, tuple[int, ...], int]:
         "(name, shape, type) of the next one."

@@ -67,17 +67,16 @@ def outside_values(
     "The second run's values outside the first run's intervals; distance in widths of the interval."
     found = []
     for column, (low, high) in interval_columns(first).items():
-        ends = first[low], first[high]
-        beyond = np.maximum(ends[0] - second[column], second[column] - ends[1])
-        width = (ends[1] - ends[0]).clip(lower=1e-9)
+        beyond = np.maximum(first[low] - second[column], second[column] - first[high])
+        width = (first[high] - first[low]).clip(lower=1e-9)
         rows = pd.DataFrame(
             {
                 "table": name,
                 "row": first["claim" if "claim" in first else first.columns[0]].astype(str),
                 "column": column,
                 "first": first[column],
-                "low": ends[0],
-                "high": ends[1],
+                "low": first[low],
+                "high": first[high],
                 "second": second[column],
                 "distance": beyond / width,
             }

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'MOST_CUT', 'inputs_off', 'inputs_seen', 'keep_rows', 'keep_columns', 'cut', 'cut_plan', 'can_stay',
-           'one_width', 'shapes', 'tell_width', 'whole_model', 'kept_units', 'fill']
+           'one_width', 'shapes', 'tell_width', 'whole_model', 'kept_units', 'saved_generation_config', 'fill']
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-002
 import copy
@@ -205,15 +205,29 @@ def kept_units(
             )
     return kept
 
+# %% ../../nbs/engine/cutting.ipynb #c27851cc
+def saved_generation_config(
+    folder: str | Path,  # of a saved model
+) -> GenerationConfig | None:
+    "What generation_config.json says; None without it. Raises `SsahError` for a spoilt one."
+    try:
+        if is_there(Path(folder) / "generation_config.json"):
+            return GenerationConfig.from_pretrained(folder)
+    except Exception as e:  # transformers raises what its parsing stumbles on
+        raise SsahError(
+            f"the generation_config.json in {folder} cannot be read ({first_line(e)}); "
+            "save the pruned model again"
+        ) from None
+    return None
+
 # %% ../../nbs/engine/cutting.ipynb #cutting-021
 def fill(
     model: PreTrainedModel,  # cut as the saved one was
     folder: str | Path,  # with its *.safetensors
 ) -> PreTrainedModel:
     "The model with the saved weights, in evaluation mode. Raises `SsahError` when they misfit."
-    files = sorted(Path(folder).glob("*.safetensors"))
     weights: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in sorted(Path(folder).glob("*.safetensors")):
         weights |= read_tensors(file, most=1 << 50)
     tied = getattr(model, "_tied_weights_keys", None) if model.config.tie_word_embeddings else None
     try:
@@ -226,12 +240,7 @@ def fill(
         )
     model.tie_weights()
     check_finite(model)
-    try:
-        if is_there(Path(folder) / "generation_config.json"):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    except Exception as e:  # transformers raises what its parsing stumbles on
-        raise SsahError(
-            f"the generation_config.json in {folder} cannot be read ({first_line(e)}); "
-            "save the pruned model again"
-        ) from None
+    generation = saved_generation_config(folder)
+    if generation is not None:
+        model.generation_config = generation
     return model.eval()

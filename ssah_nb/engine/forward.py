@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['virtual_tokens', 'embedded_tokens', 'rotary_kinds', 'rotary_switches', 'reset_rotaries', 'check_causal',
-           'has_recurrent_state', 'needs_equal_prompts', 'sharing', 'context_of', 'head_sees', 'own_forward']
+           'has_recurrent_state', 'needs_equal_prompts', 'sharing', 'context_of', 'hooked_head', 'head_sees',
+           'chosen_logits', 'own_forward']
 
 # %% ../../nbs/engine/forward.ipynb #forward-002
 import inspect
@@ -127,6 +128,14 @@ def context_of(model: PreTrainedModel) -> int | None:
         longest = int(longest * config.rope_parameters.get("factor", 1))  # it stretches that far
     return longest and longest - virtual_tokens(model)
 
+# %% ../../nbs/engine/forward.ipynb #855d49b2
+def hooked_head(
+    model: PreTrainedModel,  # a causal language model, PEFT-wrapped or not
+) -> nn.Module | None:
+    "The head, where a hook before it is called; else None."
+    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None)
+    return None if compiled else model.get_output_embeddings()
+
 # %% ../../nbs/engine/forward.ipynb #forward-012
 @contextmanager
 def head_sees(
@@ -136,27 +145,38 @@ def head_sees(
     """Inside, the language-model head gets the states at these places, [1, places, hidden size].
 
     Another thread may run the same model meanwhile; its states pass whole."""
-    thread = get_ident()
+    thread, head = get_ident(), hooked_head(model)
 
     def choose(_, inputs):
-        if (
-            get_ident() != thread
-            or not inputs
-            or inputs[0].dim() != 3
-            or inputs[0].shape[0] != len(places)
-        ):
+        states = inputs[0] if inputs and get_ident() == thread else None
+        if states is None or states.dim() != 3 or states.shape[0] != len(places):
             return None
-        own = inputs[0][:, -places.shape[1] :]  # virtual tokens stand before
+        own = states[:, -places.shape[1] :]  # virtual tokens stand before
         return own[places.to(own.device)][None], *inputs[1:]
 
-    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None)
-    head = None if compiled else model.get_output_embeddings()
     handle = head.register_forward_pre_hook(choose) if head is not None else None
     try:
         yield
     finally:
         if handle is not None:
             handle.remove()
+
+# %% ../../nbs/engine/forward.ipynb #311811b3
+def chosen_logits(
+    model: PreTrainedModel,  # the model that has run
+    out: Any,  # what it returned
+    places: torch.Tensor,  # bool [rows, tokens]
+) -> torch.Tensor:
+    "The logits at the places, [places, vocabulary]. Raises `SsahError` for a model without a head."
+    logits = getattr(out, "logits", None)
+    if logits is None:
+        raise SsahError(
+            f"{type(model).__name__} has no language-model head; "
+            "load the model with AutoModelForCausalLM"
+        )
+    if logits.shape[:2] == (1, int(places.sum())):
+        return logits[0]
+    return logits[:, -places.shape[1] :][places.to(logits.device)]
 
 # %% ../../nbs/engine/forward.ipynb #a96ce87c
 def own_forward(
@@ -178,13 +198,5 @@ def own_forward(
             return_dict=True,
             **options,
         )
-    if getattr(out, "logits", None) is None:
-        raise SsahError(
-            f"{type(model).__name__} has no language-model head; "
-            "load the model with AutoModelForCausalLM"
-        )
-    if out.logits.shape[:2] == (1, int(places.sum())):
-        out.logits = out.logits[0]
-    else:
-        out.logits = out.logits[:, -places.shape[1] :][places.to(out.logits.device)]
+    out.logits = chosen_logits(model, out, places)
     return out

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LIBRARY', 'ABOUT', 'LIMITS', 'FORMAT', 'HUB_NAME', 'markdown_table', 'flattened', 'card_of', 'how_to_read',
-           'may_write_card', 'place_of', 'missing_from', 'check_kind', 'Shared']
+           'may_write_card', 'place_of', 'missing_from', 'check_kind', 'Described', 'Saved', 'read_files', 'Loaded',
+           'upload', 'Shared']
 
 # %% ../../nbs/engine/hub.ipynb #hub-002
 import re
@@ -164,9 +165,9 @@ def check_kind(info: dict, called: str, where: str):  # info: from the file
             f"format {FORMAT}; install a later version"
         )
 
-# %% ../../nbs/engine/hub.ipynb #hub-020
-class Shared:
-    "Something that is kept in a folder and shared through the hub."
+# %% ../../nbs/engine/hub.ipynb #d0037ca4
+class Described:
+    "Something that can be taken apart into tensors and facts, and put together again."
 
     called: ClassVar[str]  # what it is, e.g. "unit map"
     kept_as: ClassVar[str]  # name of its two files, a key of KINDS
@@ -187,6 +188,10 @@ class Shared:
         "Put together again. Raises `SsahError` for what does not fit together."
         raise NotImplementedError
 
+# %% ../../nbs/engine/hub.ipynb #b89e52dc
+class Saved(Described):
+    "Something that can be saved in a folder."
+
     def shown(self) -> tuple[str, dict[str, bytes]]:
         "Markdown for the card, and the pictures in it by their file names."
         return "", {}
@@ -203,6 +208,29 @@ class Shared:
             beside = {"README.md": card.encode()} | beside
         return save_tensors(folder, self.kept_as, tensors, info, beside)
 
+    def save(self, folder: str | Path) -> Path:  # folder: made when it is not there
+        "A short name of `save_pretrained`."
+        return self.save_pretrained(folder)
+
+# %% ../../nbs/engine/hub.ipynb #2df7f096
+def read_files(
+    kind: type[Described],  # what it must be
+    folder: str | Path,  # or "owner/name"
+    revision: str | None,  # of the repository
+    token: str | None,  # of the hub
+    where: str,  # what is read, for errors
+) -> tuple[dict[str, torch.Tensor], dict]:
+    "Tensors and facts, as `to_files` gave them. Raises `SsahError`."
+    place = place_of(folder, kind.kept_as, revision, token)
+    missing = missing_from(folder, place, kind.kept_as, kind.called)
+    check = partial(check_kind, called=kind.called, where=where)
+    tensors, info = load_tensors(place, kind.kept_as, missing, kind.needs, check)
+    return tensors, {name: fact for name, fact in info.items() if name not in ("kind", "format")}
+
+# %% ../../nbs/engine/hub.ipynb #fd078e55
+class Loaded(Saved):
+    "Something that can be saved in a folder, and read again from there or from the hub."
+
     @classmethod
     def from_pretrained(
         cls,
@@ -212,17 +240,45 @@ class Shared:
         model: PreTrainedModel | None = None,  # the model must have the weights it was made on
     ) -> Self:
         "Read it again. Raises `SsahError` for what is missing, spoilt, or of another model."
-        place = place_of(folder, cls.kept_as, revision, token)
-        missing = missing_from(folder, place, cls.kept_as, cls.called)
         where = f"the {cls.called} in {folder}"
-        check = partial(check_kind, called=cls.called, where=where)
-        tensors, info = load_tensors(place, cls.kept_as, missing, cls.needs, check)
-        info = {name: fact for name, fact in info.items() if name not in ("kind", "format")}
+        tensors, info = read_files(cls, folder, revision, token, where)
         base: Any = info.get("base")
         thing = cls.from_files(tensors, info, where)
         if model is not None:
             check_base(base, model, cls.called)
         return thing
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:  # or "owner/name"
+        "A short name of `from_pretrained`."
+        return cls.from_pretrained(folder)
+
+# %% ../../nbs/engine/hub.ipynb #49d5c21e
+def upload(
+    folder: str,  # all its files are uploaded
+    name: str,  # "owner/name"
+    words: str,  # what the commit is called
+    private: bool | None,  # whether a new repository is seen by its owner only
+    revision: str | None,  # branch; None: main
+    token: str | None,  # of the hub
+) -> str:
+    "The address of the commit. Raises `SsahError` when the hub takes none."
+    try:
+        api = HfApi(token=token, library_name="ssah_nb")
+        api.create_repo(name, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        where: dict[str, Any] = dict(folder_path=folder, revision=revision, commit_message=words)
+        return api.upload_folder(repo_id=name, **where).commit_url
+    except Exception as e:  # the client raises whatever its connection raises
+        raise SsahError(
+            f"cannot upload to {name} ({reason(e)}); check the name, the connection, and "
+            "that your token may write there (token=..., or `hf auth login`)"
+        ) from None
+
+# %% ../../nbs/engine/hub.ipynb #hub-020
+class Shared(Loaded):
+    "Something that is kept in a folder and shared through the hub."
 
     def push_to_hub(
         self,
@@ -237,26 +293,4 @@ class Shared:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             words = f"Upload {self.called}"
-            try:
-                api = HfApi(token=token, library_name="ssah_nb")
-                api.create_repo(name, private=private, exist_ok=True)
-                if revision:
-                    api.create_branch(name, branch=revision, exist_ok=True)
-                where: dict[str, Any] = dict(
-                    folder_path=folder, revision=revision, commit_message=words
-                )
-                return api.upload_folder(repo_id=name, **where).commit_url
-            except Exception as e:  # the client raises whatever its connection raises
-                raise SsahError(
-                    f"cannot upload to {name} ({reason(e)}); check the name, the connection, and "
-                    "that your token may write there (token=..., or `hf auth login`)"
-                ) from None
-
-    def save(self, folder: str | Path) -> Path:  # folder: made when it is not there
-        "A short name of `save_pretrained`."
-        return self.save_pretrained(folder)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Self:  # or "owner/name"
-        "A short name of `from_pretrained`."
-        return cls.from_pretrained(folder)
+            return upload(folder, name, words, private, revision, token)

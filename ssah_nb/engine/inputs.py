@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'COLUMNS', 'SPEAKERS', 'OTHER_NAMES', 'STRAIGHT', 'UNSEEN', 'is_missing', 'as_text', 'first_of',
-           'is_message', 'are_named_sets', 'rows_of_columns', 'as_rows', 'one_turn', 'parts_of', 'at_least_one',
-           'as_system', 'as_prompts', 'as_pairs', 'as_responses', 'as_texts', 'as_verdicts', 'as_preferences',
-           'normalised']
+           'is_message', 'are_named_sets', 'rows_of_columns', 'check_order', 'as_rows', 'one_turn', 'parts_of',
+           'at_least_one', 'as_system', 'as_prompts', 'as_pairs', 'as_responses', 'as_texts', 'as_verdicts',
+           'as_preferences', 'normalised']
 
 # %% ../../nbs/engine/inputs.ipynb #inputs-003
 import io
@@ -99,6 +99,19 @@ def rows_of_columns(table: Mapping, what: str) -> list[dict]:  # what: the rows,
         raise SsahError(f"the columns differ in length ({lengths}); give one value a row to each")
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
+# %% ../../nbs/engine/inputs.ipynb #3cbc5308
+def check_order(given, what: str):  # what: what they are, for the error
+    "Raise `SsahError` for what has no rows in an order."
+    if isinstance(given, (set, frozenset)):
+        raise SsahError(f"a set of {what} has no order; pass a list")
+    if isinstance(given, (io.IOBase, Path)):
+        raise SsahError(
+            f"a file was given where a list of {what} is needed; read it, load_pairs does"
+        )
+    if not isinstance(given, Iterable):
+        kind = type(given).__name__
+        raise SsahError(f"a {kind} was given where a list of {what} is needed; pass a list")
+
 # %% ../../nbs/engine/inputs.ipynb #inputs-010
 def as_rows(
     given,  # a list, generator, array, dict of columns, or table or column of pandas or datasets
@@ -119,15 +132,7 @@ def as_rows(
     for method in ("to_pylist", "to_dicts"):  # tables of pyarrow and polars
         if hasattr(given, method):
             return getattr(given, method)()
-    if isinstance(given, (set, frozenset)):
-        raise SsahError(f"a set of {what} has no order; pass a list")
-    if isinstance(given, (io.IOBase, Path)):
-        raise SsahError(
-            f"a file was given where a list of {what} is needed; read it, load_pairs does"
-        )
-    if not isinstance(given, Iterable):
-        kind = type(given).__name__
-        raise SsahError(f"a {kind} was given where a list of {what} is needed; pass a list")
+    check_order(given, what)
     return list(given)
 
 # %% ../../nbs/engine/inputs.ipynb #inputs-013

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'MARKERS', 'draw_plane', 'shares_by_layer', 'draw_classes_by_layer', 'first_words', 'shown_tokens',
-           'draw_words', 'draw_pruning', 'draw_refusal_tokens']
+           'draw_exchange', 'draw_words', 'draw_pruning', 'draw_refusal_tokens']
 
 # %% ../../../nbs/engine/drawings/classes.ipynb #drawings-classes-002
 import matplotlib.pyplot as plt
@@ -97,6 +97,25 @@ def shown_tokens(
     places = [*user, *range(len(asked) - 1, len(ids))]
     return ids, places, [str(tokenizer.decode([ids[i]])).replace("\n", "↵") for i in places]
 
+# %% ../../../nbs/engine/drawings/classes.ipynb #59314649
+def draw_exchange(
+    ax: plt.Axes,
+    title: str,
+    frame: pd.DataFrame,  # [units, words], how much a unit writes at a word
+    upper: int,  # how many of the rows belong above the line
+    look: dict[str, Any],  # colours and their scale
+) -> Any:  # the drawn squares, for the bar of colours
+    "The heat map of one exchange."
+    image = ax.pcolormesh(frame, linewidth=0.3, **look)
+    ax.axhline(upper, color="black", linewidth=1)
+    ax.set_yticks(np.arange(len(frame)) + 0.5, frame.index, fontsize=7)
+    ax.set_xticks(np.arange(frame.shape[1]) + 0.5, frame.columns, rotation=40, ha="right")
+    ax.tick_params(axis="x", labelsize=8, pad=0)
+    ax.set_title(title, loc="left", fontsize=9)
+    ax.invert_yaxis()
+    ax.grid(False)
+    return image
+
 # %% ../../../nbs/engine/drawings/classes.ipynb #drawings-classes-009
 def draw_words(
     strengths: dict[str, pd.DataFrame],  # title -> [units, words], one frame a prompt
@@ -112,14 +131,7 @@ def draw_words(
     for ax in axes.flat[len(frames) :]:
         ax.axis("off")
     for ax, (title, frame) in zip(axes.flat, strengths.items()):
-        image = ax.pcolormesh(frame, linewidth=0.3, **look)
-        ax.axhline(upper, color="black", linewidth=1)
-        ax.set_yticks(np.arange(len(frame)) + 0.5, frame.index, fontsize=7)
-        ax.set_xticks(np.arange(frame.shape[1]) + 0.5, frame.columns, rotation=40, ha="right")
-        ax.tick_params(axis="x", labelsize=8, pad=0)
-        ax.set_title(title, loc="left", fontsize=9)
-        ax.invert_yaxis()
-        ax.grid(False)
+        image = draw_exchange(ax, title, frame, upper, look)
     fig.colorbar(image, ax=axes, shrink=0.5, label="length of what the unit writes")
     plt.close(fig)
     return fig
