@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .alignment import STOCK_REFUSALS
 from .inputs import as_pairs, as_preferences, as_responses
-from .limits import check_amounts, check_counts, check_limits, check_seed
+from .limits import check_counts, check_limits, check_seed
 from .models import is_mixed
 from .run import SsahError
 from .states import check_in_memory, check_values
