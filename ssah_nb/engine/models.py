@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'ARCHITECTURES', 'MIXTURES', 'TINY_SIZES', 'TINY_EXPERTS', 'EMBEDDED', 'tiny_tokenizer', 'tiny_model',
-           'first_line', 'hush', 'without_origin', 'load_gguf', 'load_pretrained', 'check_finite', 'load_model',
-           'replace_folder', 'save_model', 'given_stage', 'stage_name', 'load_stage', 'is_mixed']
+           'first_line', 'hush', 'without_origin', 'read_gguf', 'load_gguf', 'read_pretrained', 'load_pretrained',
+           'check_finite', 'load_named', 'load_model', 'replace_folder', 'save_model', 'given_stage', 'stage_name',
+           'load_stage', 'is_mixed']
 
 # %% ../../nbs/engine/models.ipynb #models-002
 import os
@@ -133,22 +134,28 @@ def without_origin(quantized: PreTrainedModel, dtype: torch.dtype) -> PreTrained
     return model
 
 # %% ../../nbs/engine/models.ipynb #54e346b4
+def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "The model of a GGUF file as transformers reads it. What the readers raise is raised."
+    where: dict[str, Any] = dict(
+        pretrained_model_name_or_path=str(path.parent), gguf_file=path.name
+    )
+    held = check_gguf(path)
+    check_claims(AutoConfig.from_pretrained(**where), held, path)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    where |= dict(dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**where)
+    quantized, found = loaded
+    check_whole(found)
+    return quantized, tokenizer
+
+# %% ../../nbs/engine/models.ipynb #10832d78
 def load_gguf(
     path: Path,  # a .gguf file
     dtype: torch.dtype,  # of the weights after dequantization
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A GGUF file as an ordinary model: one that can be trained and saved."
-    where: dict[str, Any] = dict(
-        pretrained_model_name_or_path=str(path.parent), gguf_file=path.name
-    )
     try:
-        held = check_gguf(path)
-        check_claims(AutoConfig.from_pretrained(**where), held, path)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        where |= dict(dtype=dtype, output_loading_info=True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**where)
-        quantized, found = loaded
-        check_whole(found)
+        quantized, tokenizer = read_gguf(path, dtype)
     except SsahError as e:
         raise SsahError(f"cannot load {path}: {e}") from None
     except Exception as e:  # the readers raise whatever their parsing stumbles on
@@ -162,6 +169,30 @@ def load_gguf(
     return model, tokenizer
 
 # %% ../../nbs/engine/models.ipynb #f2ed1ceb
+def read_pretrained(
+    name: str | Path,  # a folder or a hub id
+    dtype: torch.dtype,  # of the weights
+    spread: bool,  # over all GPUs
+    revision: str | None,  # revision of a hub model
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "A model as transformers reads it. What the readers raise is raised."
+    where = dict(revision=revision or "main", trust_remote_code=False)
+    held = check_folder(Path(name)) if Path(name).is_dir() else None
+    config = AutoConfig.from_pretrained(name, **where)
+    if hasattr(config, "ssah_kept"):
+        raise SsahError("it is a pruned model: load it with load_pruned")
+    if held is not None:
+        check_claims(config, held, "its configuration")
+    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    where |= dict(config=config, dtype=dtype, use_safetensors=True)
+    where["device_map"] = "auto" if spread else None
+    where["output_loading_info"] = True
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where)
+    model, found = loaded
+    check_whole(found)
+    return model, tokenizer
+
+# %% ../../nbs/engine/models.ipynb #eb253ed1
 def load_pretrained(
     name: str | Path,  # a folder or a hub id
     dtype: torch.dtype,  # of the weights
@@ -169,22 +200,8 @@ def load_pretrained(
     revision: str | None,  # revision of a hub model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A model that transformers finds by its name."
-    where = dict(revision=revision or "main", trust_remote_code=False)
     try:
-        held = check_folder(Path(name)) if Path(name).is_dir() else None
-        config = AutoConfig.from_pretrained(name, **where)
-        if hasattr(config, "ssah_kept"):
-            raise SsahError("it is a pruned model: load it with load_pruned")
-        if held is not None:
-            check_claims(config, held, "its configuration")
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        where |= dict(config=config, dtype=dtype, use_safetensors=True)
-        where["device_map"] = "auto" if spread else None
-        where["output_loading_info"] = True
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where)
-        model, found = loaded
-        check_whole(found)
-        return model, tokenizer
+        return read_pretrained(name, dtype, spread, revision)
     except SsahError as e:
         raise SsahError(f"cannot load model {str(name)!r}: {e}") from None
     except Exception as e:  # the readers raise whatever their parsing stumbles on
@@ -205,6 +222,25 @@ def check_finite(model: nn.Module):  # any model
             )
 
 # %% ../../nbs/engine/models.ipynb #models-010
+def load_named(
+    name: str | Path,  # "embedded", "tiny", a hub id, folder or .gguf file
+    dtype: torch.dtype,  # of the weights
+    spread: bool,  # over all GPUs
+    revision: str | None,  # revision of a hub model
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "The model of a name, and its tokenizer."
+    if name == "tiny":
+        model: Any = tiny_model()
+        return model.to(dtype), tiny_tokenizer()
+    if name == "embedded":
+        model, tokenizer = load_gguf(wheel_member(*EMBEDDED), dtype)
+        tokenizer.chat_template = CHATML
+        return model, tokenizer
+    if Path(name).suffix == ".gguf":
+        return load_gguf(Path(name), dtype)
+    return load_pretrained(name, dtype, spread, revision)
+
+# %% ../../nbs/engine/models.ipynb #a50f8504
 def load_model(
     name: str | Path = "embedded",  # "embedded", "aligned", "tiny", a hub id, folder or .gguf file
     dtype: str | torch.dtype = "auto",  # "auto": bfloat16 on CUDA, float32 on the CPU
@@ -221,17 +257,7 @@ def load_model(
 
         return load_model(aligned_folder(where), dtype, device)
     model: Any
-    if name == "tiny":
-        model, tokenizer = tiny_model(), tiny_tokenizer()
-        model = model.to(dtype)
-    elif name == "embedded":
-        model, tokenizer = load_gguf(wheel_member(*EMBEDDED), dtype)
-    elif Path(name).suffix == ".gguf":
-        model, tokenizer = load_gguf(Path(name), dtype)
-    else:
-        model, tokenizer = load_pretrained(name, dtype, spread, revision)
-    if name == "embedded":
-        tokenizer.chat_template = CHATML
+    model, tokenizer = load_named(name, dtype, spread, revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_finite(model)
@@ -257,8 +283,7 @@ def save_model(
     """Save as safetensors, all or nothing.
 
     Raises `SsahError` when the disk is full; what was in the folder is then still there."""
-    folder = Path(folder)
-    work = part_of(folder)
+    folder, work = Path(folder), part_of(Path(folder))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_parts(folder)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answers', 'preferences', 'sequence_log_probabilities', 'encode_preferences', 'preference_batches',
-           'answer_log_probabilities', 'all_margins', 'reference_margins', 'finetune_dpo']
+           'answer_log_probabilities', 'all_margins', 'reference_margins', 'margins_before', 'dpo_losses',
+           'finetune_dpo']
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-002
 import pandas as pd
@@ -16,14 +17,15 @@ from contextlib import nullcontext
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .alignment import STOCK_REFUSALS
 from .inputs import as_pairs, as_preferences, as_responses
-from .limits import check_amounts, check_counts, check_limits, check_seed
+from .limits import check_counts, check_limits, check_seed
 from .models import is_mixed
 from .run import SsahError
 from .states import check_in_memory, check_values
 from .batches import TokenBatch, evaluation_mode, response_losses, token_batches
 from .chat import encode_pairs
 from .forward import context_of
-from .training import mixed_precision, optimize, training_batches
+from .training import check_training, mixed_precision, optimize
+from .training import training_batches
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-005
 def preferences(
@@ -37,24 +39,16 @@ def preferences(
     complied, benign = as_responses(complied, len(harmful)), as_pairs(benign, at_least=0)
     check_seed(seed)
     chosen = random.Random(seed)
-    return [
-        *(
-            {
-                "prompt": p["prompt"],
-                "chosen": chosen.choice(STOCK_REFUSALS),
-                "rejected": c if c.strip() else "Sure.",
-            }
-            for p, c in zip(harmful, complied, strict=True)
-        ),
-        *(
-            {
-                "prompt": p["prompt"],
-                "chosen": p["response"],
-                "rejected": chosen.choice(STOCK_REFUSALS),
-            }
-            for p in benign
-        ),
+    said = [c if c.strip() else "Sure." for c in complied]
+    refused = [
+        {"prompt": p["prompt"], "chosen": chosen.choice(STOCK_REFUSALS), "rejected": c}
+        for p, c in zip(harmful, said, strict=True)
     ]
+    answered = [
+        {"prompt": p["prompt"], "chosen": p["response"], "rejected": chosen.choice(STOCK_REFUSALS)}
+        for p in benign
+    ]
+    return refused + answered
 
 # %% ../../nbs/engine/preferences.ipynb #5e86675e
 def sequence_log_probabilities(
@@ -148,6 +142,43 @@ def reference_margins(
     return all_margins(model, answers, max_tokens, mixed)
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-008
+def margins_before(
+    reference: torch.Tensor | None,  # from `reference_margins`; None: `model` is the reference
+    model: PreTrainedModel,  # before training
+    answers: Answers,  # of all rows
+    max_tokens: int,  # tokens that are run at once
+    mixed: bool | None,  # as in `finetune`
+) -> torch.Tensor:
+    "The margin of each row under the reference. Raises `SsahError` for margins of other rows."
+    rows = len(answers["chosen"])
+    if reference is None:
+        reference = all_margins(model, answers, max_tokens, mixed)
+    if len(reference) != rows:
+        raise SsahError(
+            f"reference has {len(reference)} margins for {rows} rows; "
+            "make it from the same rows with reference_margins"
+        )
+    return reference
+
+# %% ../../nbs/engine/preferences.ipynb #2e12b129
+def dpo_losses(
+    model: PreTrainedModel,  # in training
+    answers: Answers,  # of all rows
+    batch: list[int],  # the rows of this step
+    reference: torch.Tensor,  # margin of each row under the reference
+    beta: float,  # strength of the pull towards the reference
+    sft_weight: float,  # of the chosen answers' SFT loss (nats per token); 0: none
+    max_tokens: int,  # tokens that are run at once
+) -> Iterator[torch.Tensor]:
+    "The parts of a step's loss, nats per row."
+    for part, (chosen, rejected) in answer_log_probabilities(model, answers, batch, max_tokens):
+        losses = -F.logsigmoid(beta * (chosen - rejected - reference[part]))
+        if sft_weight:
+            tokens = torch.tensor([len(answers["chosen"][row][1]) for row in part])
+            losses = losses - sft_weight * chosen / tokens.to(chosen.device)
+        yield losses.sum() / len(batch)
+
+# %% ../../nbs/engine/preferences.ipynb #67d8a488
 def finetune_dpo(
     model: PreTrainedModel,  # trained in place, whatever of it has requires_grad
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -164,27 +195,11 @@ def finetune_dpo(
     mixed: bool | None = None,  # as in `finetune`
 ) -> pd.DataFrame:
     "Train with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
-    check_counts(epochs=epochs, batch_size=batch_size, max_tokens=max_tokens)
-    check_amounts(lr=lr, beta=beta, **({"sft_weight": sft_weight} if sft_weight else {}))
-    check_limits(max_response=max_response)
-    check_seed(seed)
+    amounts = {"lr": lr, "beta": beta} | ({"sft_weight": sft_weight} if sft_weight else {})
+    check_training(epochs, batch_size, max_tokens, max_response, seed, **amounts)
     rows, order = as_preferences(rows), random.Random(seed)
     answers = encode_preferences(model, tokenizer, rows, max_response)
-    if reference is None:
-        reference = all_margins(model, answers, max_tokens, mixed)
-    if len(reference) != len(rows):
-        raise SsahError(
-            f"reference has {len(reference)} margins for {len(rows)} rows; "
-            "make it from the same rows with reference_margins"
-        )
-    tokens = torch.tensor([len(answer) for _, answer in answers["chosen"]])
-
-    def part_losses(batch):
-        for part, (chosen, rejected) in answer_log_probabilities(model, answers, batch, max_tokens):
-            losses = -F.logsigmoid(beta * (chosen - rejected - reference[part]))
-            if sft_weight:
-                losses = losses - sft_weight * chosen / tokens[part].to(chosen.device)
-            yield losses.sum() / len(batch)
-
+    margins = margins_before(reference, model, answers, max_tokens, mixed)
     batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)]
-    return optimize(model, batches, part_losses, lr, mixed=mixed)
+    how = margins, beta, sft_weight, max_tokens
+    return optimize(model, batches, lambda b: dpo_losses(model, answers, b, *how), lr, mixed=mixed)

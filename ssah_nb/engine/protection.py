@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPENING', 'PREFILLED', 'CONDITIONS', 'Asked', 'unused_prompts', 'even_sample', 'asked_of', 'first_words', 'Judging',
-           'answered', 'losses_of', 'margins_of', 'outcomes_of', 'Case', 'fingerprint', 'kept_case', 'run_cases',
-           'estimate', 'Condition', 'poison_size', 'harmful_pairs', 'training_pairs']
+           'answered', 'losses_of', 'margins_of', 'prefilled_answers', 'save_said', 'outcomes_of', 'Case',
+           'fingerprint', 'kept_case', 'run_cases', 'estimate', 'Condition', 'poison_size', 'harmful_pairs',
+           'training_pairs']
 
 # %% ../../nbs/engine/protection.ipynb #protection-002
 import hashlib
@@ -133,6 +134,28 @@ def margins_of(model, tokenizer, prompts: list[str]) -> list[float]:
     return [round(float(margin), 4) for margin in found]
 
 # %% ../../nbs/engine/protection.ipynb #protection-011
+def prefilled_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],  # harmful ones; the first `judging.prefilled` are asked
+    judging: Judging,
+) -> dict[str, list]:
+    "Which begun answers go on and comply, one boolean a prompt, by the length of the beginning."
+    kept, some = dict[str, list](), prompts[: judging.prefilled]
+    for tokens in PREFILLED if judging.prefilled else ():
+        words = first_words(tokenizer, tokens)
+        kept[f"prefilled_{tokens}"], _ = answered(model, tokenizer, some, judging, words)
+    return kept
+
+
+def save_said(path: str | Path, asked: Asked, said: dict[str, list[str]]):
+    "Write prompts and answers as JSON: those to harmful prompts, and those to harmless ones."
+    benign = [pair["prompt"] for pair in asked.benign]
+    harmful = zip(asked.harmful + asked.second, said["harmful"] + said["second"])
+    harmless = zip(benign + asked.contrast, said["benign"] + said["contrast"])
+    save_completions(path, harmful=harmful, benign=harmless)
+
+# %% ../../nbs/engine/protection.ipynb #5690e6a1
 def outcomes_of(
     model: PreTrainedModel,  # after training
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -141,27 +164,21 @@ def outcomes_of(
     completions: str | Path,  # JSON file for the answers, under runs/
 ) -> dict[str, list]:
     "What is kept of a model: one boolean, margin or loss a prompt, by name."
-    kept: dict[str, list] = {}
-    said: dict[str, list[str]] = {}
-    at_hand = model, tokenizer
+    kept, said = dict[str, list](), dict[str, list[str]]()
     for name in ("harmful", "second", "contrast"):
-        kept[name], said[name] = answered(*at_hand, getattr(asked, name), judging)
+        kept[name], said[name] = answered(model, tokenizer, getattr(asked, name), judging)
     for name in ("harmful", "second"):
-        kept[f"{name}_margin"] = margins_of(*at_hand, getattr(asked, name))
+        kept[f"{name}_margin"] = margins_of(model, tokenizer, getattr(asked, name))
     benign = [pair["prompt"] for pair in asked.benign]
-    kept["benign"], said["benign"] = answered(*at_hand, benign, judging)
+    kept["benign"], said["benign"] = answered(model, tokenizer, benign, judging)
     for name in ("benign", "contrast"):  # what counts there is a refusal
         kept[name] = [not yes for yes in kept[name]]
     table = coherence(judging.dense, tokenizer, asked.harmful, said["harmful"], judging.threshold)
     kept["coherent"] = table.coherent.tolist()
-    for tokens in PREFILLED if judging.prefilled else ():
-        some, words = asked.harmful[: judging.prefilled], first_words(tokenizer, tokens)
-        kept[f"prefilled_{tokens}"], _ = answered(*at_hand, some, judging, words)
-    kept["benign_losses"] = losses_of(*at_hand, asked.benign, judging.max_response)
-    kept["training_losses"] = losses_of(*at_hand, asked.training, judging.max_trained)
-    harmful = zip(asked.harmful + asked.second, said["harmful"] + said["second"])
-    harmless = zip(benign + asked.contrast, said["benign"] + said["contrast"])
-    save_completions(completions, harmful=harmful, benign=harmless)
+    kept |= prefilled_answers(model, tokenizer, asked.harmful, judging)
+    kept["benign_losses"] = losses_of(model, tokenizer, asked.benign, judging.max_response)
+    kept["training_losses"] = losses_of(model, tokenizer, asked.training, judging.max_trained)
+    save_said(completions, asked, said)
     return kept
 
 # %% ../../nbs/engine/protection.ipynb #protection-013

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARSERS', 'parse_csv', 'lines', 'preferred', 'checked_rows', 'read_rows', 'fitting_columns', 'cell', 'spoken',
-           'to_pairs']
+           'pair_of', 'to_pairs']
 
 # %% ../../nbs/engine/reading.ipynb #reading-002
 import csv
@@ -137,6 +137,17 @@ def spoken(row: dict, at: str) -> dict:  # at: the row's name, for the error
     return {**row, "response": "", **one_turn(talks[0], at)} if talks else row
 
 # %% ../../nbs/engine/reading.ipynb #reading-006
+def pair_of(
+    row: dict,  # with the source's own column names
+    columns: tuple[tuple[str, ...], str],  # from `fitting_columns`
+    strip: bool,  # whether blanks around a text go
+) -> tuple[str, str]:
+    "The prompt and the response of a row. Raises `SsahError` as `cell` does."
+    prompt_columns, response_column = columns
+    parts = [cell(row, name, 0, strip) for name in prompt_columns]
+    return "\n\n".join(filter(None, parts)), cell(row, response_column, 1, strip)
+
+# %% ../../nbs/engine/reading.ipynb #24c4e996
 def to_pairs(
     rows: Iterable[dict],  # rows with the source's own column names
     source: Source,  # whose `columns` and `where` apply
@@ -145,19 +156,13 @@ def to_pairs(
 
     Raises `SsahError` when no alternative of `columns` is there, or a row has no prompt."""
     rows = [spoken(row, f"{source.name}: row {i}") for i, row in enumerate(rows)]
-    prompt_columns, response_column = fitting_columns(rows, source)
-    strip = source.kind != "text"
+    columns, strip, pairs = fitting_columns(rows, source), source.kind != "text", []
     column, value = source.where or (None, None)
-    pairs = []
     for i, row in enumerate(rows):
         if source.where and row.get(column) != value:
             continue
         try:
-            parts = [cell(row, name, 0, strip) for name in prompt_columns]
-            prompt, response = (
-                "\n\n".join(filter(None, parts)),
-                cell(row, response_column, 1, strip),
-            )
+            prompt, response = pair_of(row, columns, strip)
         except SsahError as error:
             raise SsahError(f"{source.name}: row {i}: {error}") from None
         if strip and not prompt:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'pick_device', 'pick_dtype', 'bfloat16_speed', 'pick_mixed', 'show_progress', 'progress_shown', 'progress',
-           'side_by_side', 'project_root', 'Run', 'begin', 'processor', 'versions', 'read_run_table', 'finish_run',
-           'write_manifest']
+           'side_by_side', 'project_root', 'Folders', 'figure_files', 'Written', 'machine_settings', 'Run', 'begin',
+           'processor', 'versions', 'read_run_table', 'finish_run', 'write_manifest']
 
 # %% ../../nbs/engine/run.ipynb #run-002
 import contextlib
@@ -150,26 +150,14 @@ def project_root() -> Path:
     return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
 
 # %% ../../nbs/engine/run.ipynb #run-024
-class Run:
-    "The folders, files and parameters of one chapter of one run."
+class Folders:
+    "Where a run keeps its things, and reads them."
 
-    def __init__(
-        self,
-        profile: str,  # name of the run; "alone": a chapter that is opened by hand
-        chapter: str,  # name of the notebook, e.g. "03_attribution"
-        **parameters,  # the chapter's parameters, kept in the manifest
-    ):
-        self.profile, self.chapter, self.parameters = profile, chapter, parameters
-        self.started, self.written = time.time(), list[Path]()
-        root = project_root()
-        self.folder = root / "runs" / profile
-        self.figures = self.folder / "figures" if profile == "alone" else root / "figures" / profile
-        self.device = os.environ.get("SSAH_DEVICE", "auto")
-        self.dtype = os.environ.get("SSAH_DTYPE", "auto")
-        mixed = os.environ.get("SSAH_MIXED", "auto").lower()
-        self.mixed = {"true": True, "false": False}.get(mixed, mixed)
-        set_style()
-        set_seed(parameters.get("seed", 0))
+    def __init__(self, profile: str):  # name of the run; "alone": a chapter opened by hand
+        self.profile, self.written = profile, list[Path]()
+        self.folder = project_root() / "runs" / profile
+        own = self.folder / "figures"
+        self.figures = own if profile == "alone" else project_root() / "figures" / profile
 
     def path(self, *parts: str) -> Path:  # e.g. ("models", "aligned")
         "A path under `runs/<profile>/`; its folder is made."
@@ -181,13 +169,20 @@ class Run:
         "A table that an earlier chapter of this run wrote. Raises `SsahError` without it."
         return read_run_table(self, name)
 
-    def finish(
-        self,
-        model: torch.nn.Module | None = None,  # the chapter's model, for its device and dtype
-        seconds: dict[str, float] | None = None,  # what took how long
-    ):
-        "Write this chapter's part of the manifest, as `finish_run` does."
-        finish_run(self, model, seconds)
+# %% ../../nbs/engine/run.ipynb #9ffdf63a
+def figure_files(
+    place: Path,  # of the files, without their endings
+    fig: "plt.Figure",  # the figure
+    table: pd.DataFrame,  # the numbers behind it, tidy
+) -> dict[Path, bytes]:
+    "The CSV, the PNG and the SVG of a figure."
+    csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    made = {"csv": csv, "png": figure_bytes(fig, "png"), "svg": figure_bytes(fig, "svg")}
+    return {place.with_name(f"{place.name}.{ending}"): data for ending, data in made.items()}
+
+# %% ../../nbs/engine/run.ipynb #40c53d92
+class Written(Folders):
+    "Writes figures and tables, and remembers what was written."
 
     def save_figure(
         self,
@@ -196,10 +191,7 @@ class Run:
         table: pd.DataFrame,  # the numbers behind it, tidy
     ):
         "Write `name`.png, .svg and .csv, byte-stable: all three, or an error."
-        csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
-        png, svg = figure_bytes(fig, "png"), figure_bytes(fig, "svg")
-        endings = {"csv": csv, "png": png, "svg": svg}
-        files = {self.figures / f"{name}.{ending}": data for ending, data in endings.items()}
+        files = figure_files(self.figures / name, fig, table)
         write_together(files)
         self.written += files
 
@@ -213,6 +205,38 @@ class Run:
         shown = readable(table, columns)
         self.save_figure(table_figure(shown.reset_index()), name, table)
         return shown
+
+# %% ../../nbs/engine/run.ipynb #7fea2a63
+def machine_settings() -> tuple[str, str, bool | str]:
+    "Device, dtype and mixed, from the environment; 'auto' where it says nothing."
+    device, dtype = os.environ.get("SSAH_DEVICE", "auto"), os.environ.get("SSAH_DTYPE", "auto")
+    mixed = os.environ.get("SSAH_MIXED", "auto").lower()
+    words = {"true": True, "false": False}
+    return device, dtype, words.get(mixed, mixed)
+
+# %% ../../nbs/engine/run.ipynb #b7c2e1d4
+class Run(Written):
+    "The folders, files and parameters of one chapter of one run."
+
+    def __init__(
+        self,
+        profile: str,  # name of the run; "alone": a chapter that is opened by hand
+        chapter: str,  # name of the notebook, e.g. "03_attribution"
+        **parameters,  # the chapter's parameters, kept in the manifest
+    ):
+        super().__init__(profile)
+        self.chapter, self.parameters, self.started = chapter, parameters, time.time()
+        self.device, self.dtype, self.mixed = machine_settings()
+        set_style()
+        set_seed(parameters.get("seed", 0))
+
+    def finish(
+        self,
+        model: torch.nn.Module | None = None,  # the chapter's model, for its device and dtype
+        seconds: dict[str, float] | None = None,  # what took how long
+    ):
+        "Write this chapter's part of the manifest, as `finish_run` does."
+        finish_run(self, model, seconds)
 
 # %% ../../nbs/engine/run.ipynb #run-026
 def begin(
@@ -266,7 +290,7 @@ def versions(
     return found
 
 # %% ../../nbs/engine/run.ipynb #run-028
-def read_run_table(run: Run, name: str) -> pd.DataFrame:  # name: without its ending
+def read_run_table(run: Folders, name: str) -> pd.DataFrame:  # name: without its ending
     "A table that an earlier chapter of this run wrote."
     path = run.figures / f"{name}.csv"
     if not path.exists():

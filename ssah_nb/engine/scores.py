@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'columns_of_b', 'squares_of_b', 'mean_of_b', 'squares_of_both', 'Method', 'collect_moments',
-           'score_channels', 'Statistics', 'check_same_scoring', 'both_together', 'score_batches', 'check_request',
-           'kept_tokens']
+           'score_channels', 'KeptStatistics', 'Statistics', 'check_same_scoring', 'both_together', 'score_batches',
+           'check_request', 'kept_tokens']
 
 # %% ../../nbs/engine/scores.ipynb #scores-002
 import torch
@@ -134,8 +134,8 @@ def score_channels(
 
 # %% ../../nbs/engine/scores.ipynb #scores-013
 @dataclass
-class Statistics(Shared):
-    "Raw scores of all channels, with the statistics they came from."
+class KeptStatistics(Shared):
+    "Raw scores of all channels, with the statistics they came from, in files and back."
 
     called, kept_as = "importance", "importance"
 
@@ -143,15 +143,6 @@ class Statistics(Shared):
     moments: dict[str, list[Moments]]  # the same keys, one a layer; empty without data
     info: dict = field(default_factory=dict)  # "model", "method", "tokens" and other facts
     weights: dict[str, torch.Tensor] = field(default_factory=dict)  # as `channels`, float64
-
-    def mean(self, kind: str) -> torch.Tensor:  # "mlp" or "attention"
-        "Mean activation of each channel, [layers, channels], float32."
-        if self.info["method"] not in ("flap", "wanda_sp"):
-            raise SsahError(f"method {self.info['method']!r} keeps no mean activations; use 'flap'")
-        return torch.stack([m.mean for m in self.moments[kind]]).float()
-
-    def __add__(self, other: "Statistics") -> Self:
-        return both_together(self, other)
 
     def to_files(self) -> tuple[dict[str, torch.Tensor], dict]:
         "Scores, moments and weights by name, and the facts."
@@ -161,6 +152,19 @@ class Statistics(Shared):
     def from_files(cls, tensors: dict, info: dict, where: str) -> Self:
         "Put together again, moments included. Raises `SsahError` for what does not fit."
         return cls(*statistics_of(tensors, info, where))
+
+# %% ../../nbs/engine/scores.ipynb #86706331
+class Statistics(KeptStatistics):
+    "Raw scores of all channels, with the statistics they came from."
+
+    def mean(self, kind: str) -> torch.Tensor:  # "mlp" or "attention"
+        "Mean activation of each channel, [layers, channels], float32."
+        if self.info["method"] not in ("flap", "wanda_sp"):
+            raise SsahError(f"method {self.info['method']!r} keeps no mean activations; use 'flap'")
+        return torch.stack([m.mean for m in self.moments[kind]]).float()
+
+    def __add__(self, other: "Statistics") -> Self:
+        return both_together(self, other)
 
 # %% ../../nbs/engine/scores.ipynb #scores-014
 def check_same_scoring(a: Statistics, b: Statistics):

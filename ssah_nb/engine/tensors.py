@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'FACTS', 'MAY_LACK', 'FLOATS', 'seal_of', 'save_tensors', 'is_whole', 'is_amount', 'is_text', 'check_facts',
-           'load_tensors', 'check_tensors', 'check_layers', 'check_codes']
+           'check_seal', 'load_tensors', 'check_shape', 'check_tensors', 'check_layers', 'check_codes']
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-imports
 import hashlib
@@ -99,6 +99,20 @@ def check_facts(
             check_facts(value, where, fits)
 
 # %% ../../nbs/engine/tensors.ipynb #1d888378
+def check_seal(
+    facts: dict,  # from the JSON file; the seal is taken out
+    path: Path,  # of the JSON file, for the error
+    kept: Path,  # the file of the tensors
+):
+    "Raise `SsahError` when the tensors or the facts are not those of the seal."
+    seal = facts.pop("sha256", None)
+    if seal is not None and seal != seal_of(read_bytes(kept), facts):
+        raise SsahError(
+            f"{path} or its tensors were changed after they were written (sha256); write them "
+            "again, or take the sha256 out of the JSON file if that was meant"
+        )
+
+# %% ../../nbs/engine/tensors.ipynb #d3cd62dd
 def load_tensors(
     folder: str | Path,  # where `save_tensors` wrote
     name: str,  # of the two files, without ending
@@ -120,15 +134,32 @@ def load_tensors(
     check(info)
     kept = path.with_name(f"{name}.safetensors")
     tensors = read_tensors(kept)
-    seal = info.pop("sha256", None)
-    if seal is not None and seal != seal_of(read_bytes(kept), info):
-        raise SsahError(
-            f"{path} or its tensors were changed after they were written (sha256); write them "
-            "again, or take the sha256 out of the JSON file if that was meant"
-        )
+    check_seal(info, path, kept)
     return tensors, info
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-check
+def check_shape(
+    tensor: torch.Tensor,
+    name: str,  # of the tensor, for the error
+    shape: tuple[int, ...] | None,  # that it must have; None: a table
+    where: str | Path,  # what was read, for the error
+):
+    "Raise `SsahError` for another shape."
+    if shape is None and (tensor.ndim != 2 or not tensor.numel()):
+        raise SsahError(
+            f"{where} has {name!r} of shape {tuple(tensor.shape)}, no rows of units; "
+            "write it again"
+        )
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise SsahError(
+            f"{where} has {name!r} of shape {tuple(tensor.shape)} instead of {tuple(shape)}; "
+            "it belongs to another model, or was changed"
+        )
+
+# %% ../../nbs/engine/tensors.ipynb #488eebe5
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def check_tensors(
     tensors: dict[str, torch.Tensor],  # from `load_tensors`
     like: dict[str, tuple[int, ...] | None],  # name -> shape that it must have; None: a table
@@ -141,16 +172,7 @@ def check_tensors(
             found = ", ".join(list(tensors)[:20]) or "nothing"
             raise SsahError(f"{where} lacks {name!r} among {found}; write it again")
         tensor = tensors[name]
-        if shape is None and (tensor.ndim != 2 or not tensor.numel()):
-            raise SsahError(
-                f"{where} has {name!r} of shape {tuple(tensor.shape)}, no rows of units; "
-                "write it again"
-            )
-        if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise SsahError(
-                f"{where} has {name!r} of shape {tuple(tensor.shape)} instead of {tuple(shape)}; "
-                "it belongs to another model, or was changed"
-            )
+        check_shape(tensor, name, shape, where)
         fits = tensor.dtype == dtype if dtype else tensor.dtype in FLOATS
         if not fits:
             raise SsahError(f"{where} has {name!r} in {tensor.dtype}; write it again")
@@ -158,9 +180,6 @@ def check_tensors(
             raise SsahError(f"{where} has NaN or infinity in {name!r}; write it again")
 
 # %% ../../nbs/engine/tensors.ipynb #4b5b3254
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
 def check_layers(
     tensors: dict[str, torch.Tensor],  # of [layers, units] each
     names: tuple[str, ...],  # which of them

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Masters', 'mixed_precision', 'training_mode', 'gradients_to', 'training_batches', 'rate_share', 'backward_parts',
-           'Stepper', 'check_loss', 'optimize', 'finetune', 'training_perplexity']
+           'FloatMasters', 'clip', 'Stepper', 'check_loss', 'trained_weights', 'Hooks', 'products_of', 'history_of',
+           'optimize', 'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity']
 
 # %% ../../nbs/engine/training.ipynb #training-002
 import math
@@ -12,6 +13,9 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -107,38 +111,48 @@ def backward_parts(
     return total
 
 # %% ../../nbs/engine/training.ipynb #04ef6ecf
-class Stepper:
-    "AdamW on float32 masters of the trained weights; the weights follow, rounded."
+class FloatMasters:
+    "A float32 master of each trained weight; the weights follow, rounded."
 
-    def __init__(self, trained: list[torch.nn.Parameter], lr: float, steps: int):
-        masters = [torch.nn.Parameter(p.detach().float()) for p in trained]
-        self.masters = dict(zip(trained, masters))
+    def __init__(self, trained: list[torch.nn.Parameter]):
+        self.masters = {p: torch.nn.Parameter(p.detach().float()) for p in trained}
         self.rounded = [(p, m) for p, m in self.masters.items() if p.dtype != torch.float32]
-        self.optimizer = torch.optim.AdamW(
-            masters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: rate_share(step, steps)
-        )
-
-    def step(self):
-        "One step with the gradients of the masters, clipped to norm 1."
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
-        if not norm.isfinite():
-            raise SsahError(
-                "the gradient is NaN or infinite, so no step was made; "
-                "train in bfloat16 or float32, lower lr, or check the weights"
-            )
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        self.follow()
 
     def follow(self):
         "Bring the weights to where their masters are."
         for p, master in self.rounded:
             p.detach().copy_(master)
         torch.clear_autocast_cache()  # it holds the weights from before the step
+
+# %% ../../nbs/engine/training.ipynb #46d5e35e
+def clip(parameters: Iterable[torch.nn.Parameter]):  # with their gradients
+    "Clip the gradient to norm 1. Raises `SsahError` when it is NaN or infinite."
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    if not norm.isfinite():
+        raise SsahError(
+            "the gradient is NaN or infinite, so no step was made; "
+            "train in bfloat16 or float32, lower lr, or check the weights"
+        )
+
+# %% ../../nbs/engine/training.ipynb #1ce087e5
+class Stepper(FloatMasters):
+    "AdamW on float32 masters of the trained weights; the weights follow, rounded."
+
+    def __init__(self, trained: list[torch.nn.Parameter], lr: float, steps: int):
+        super().__init__(trained)
+        self.optimizer = torch.optim.AdamW(
+            self.masters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        rate = partial(rate_share, steps=steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+
+    def step(self):
+        "One step with the gradients of the masters, clipped to norm 1."
+        clip(self.masters.values())
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.follow()
 
     def nbytes(self) -> int:
         "Memory of the optimizer's state, and of masters that are not the weights themselves."
@@ -158,7 +172,52 @@ def check_loss(losses: list[float], lr: float):  # losses: of all steps so far
             f"lower lr (now {lr}) or check the weights"
         )
 
+
+def trained_weights(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    "What has `requires_grad`. Raises `SsahError` when nothing has, or weights are not in memory."
+    check_in_memory(model, train=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise SsahError("no parameter of the model is trainable; unfreeze some of it")
+    return trained
+
 # %% ../../nbs/engine/training.ipynb #78542224
+@dataclass
+class Hooks:
+    "What joins a step: each is called at its time, or None."
+
+    anchor: Any  # an `Anchor` whose gradient joins that of each step (chapter 7)
+    before_step: Callable[[Masters], None] | None  # called when the gradients are there
+    correct_step: Callable[[Masters], None] | None  # may change what a step has made
+    after_step: Callable[[], None] | None  # called after each step
+
+    def step(self, model: PreTrainedModel, stepper: Stepper):
+        "One step with the gradients that are there, and with all that joins it."
+        if self.anchor:  # last: its few tokens need less memory beside the gradients
+            self.anchor.loss(model).backward()
+        if self.before_step:
+            self.before_step(stepper.masters)
+        stepper.step()
+        if self.correct_step:
+            self.correct_step(stepper.masters)
+            stepper.follow()
+        if self.after_step:
+            self.after_step()
+
+# %% ../../nbs/engine/training.ipynb #f8eb9a84
+def products_of(model: PreTrainedModel, mixed: bool | None):  # None: as the run decided
+    "What the products of a training are taken in, for `with`."
+    mixed = is_mixed(model) if mixed is None else mixed
+    return mixed_precision(model) if mixed else nullcontext()
+
+
+def history_of(losses: list[float], stepper: Stepper, seconds: float) -> pd.DataFrame:
+    "[step, loss], with `attrs` of what the training took."
+    history = pd.DataFrame({"step": range(len(losses)), "loss": losses})
+    history.attrs |= {"optimizer_bytes": stepper.nbytes(), "seconds": seconds}
+    return history
+
+# %% ../../nbs/engine/training.ipynb #dbfc22fb
 def optimize(
     model: PreTrainedModel,  # trained in place, whatever of it has requires_grad
     batches: list[list[int]],  # the rows of each step
@@ -173,33 +232,54 @@ def optimize(
     """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]` and `attrs["seconds"]`.
 
     Raises `SsahError` when nothing can be trained or the loss is NaN."""
-    check_in_memory(model, train=True)
-    start = time.time()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise SsahError("no parameter of the model is trainable; unfreeze some of it")
-    mixed = is_mixed(model) if mixed is None else mixed
-    stepper, losses = Stepper(trained, lr, len(batches)), []
-    products = mixed_precision(model) if mixed else nullcontext()
-    with training_mode(model), gradients_to(stepper.masters), products:
+    trained, start, losses = trained_weights(model), time.time(), list[float]()
+    stepper = Stepper(trained, lr, len(batches))
+    hooks = Hooks(anchor, before_step, correct_step, after_step)
+    with training_mode(model), gradients_to(stepper.masters), products_of(model, mixed):
         for rows in progress(batches, "training"):
             losses.append(backward_parts(part_losses(rows)))
             check_loss(losses, lr)
-            if anchor:  # last: its few tokens need less memory beside the gradients
-                anchor.loss(model).backward()
-            if before_step:
-                before_step(stepper.masters)
-            stepper.step()
-            if correct_step:
-                correct_step(stepper.masters)
-                stepper.follow()
-            if after_step:
-                after_step()
-    history = pd.DataFrame({"step": range(len(losses)), "loss": losses})
-    history.attrs |= {"optimizer_bytes": stepper.nbytes(), "seconds": time.time() - start}
-    return history
+            hooks.step(model, stepper)
+    return history_of(losses, stepper, time.time() - start)
 
 # %% ../../nbs/engine/training.ipynb #training-009
+def response_parts(
+    model: PreTrainedModel,  # in training
+    encoded: list[tuple[list[int], list[int]]],  # all pairs, from `encode_pairs`
+    max_tokens: int,  # tokens that are run at once
+    token_losses: Callable | None,  # (losses [tokens], their pairs) -> losses to train on
+    rows: list[int],  # the pairs of this step
+) -> Iterator[torch.Tensor]:
+    "The parts of a step's loss, nats per token."
+    tokens = sum(len(encoded[r][1]) for r in rows)
+    for part in token_batches([encoded[r] for r in rows], max_tokens, model):
+        losses = response_losses(model, part)
+        if token_losses:
+            losses = token_losses(losses, [encoded[rows[row]] for row in part.rows])
+        yield losses.sum() / tokens
+
+# %% ../../nbs/engine/training.ipynb #7e4f57d3
+def check_training(
+    epochs: int,  # passes over the rows
+    batch_size: int,  # rows in a batch
+    max_tokens: int,  # tokens that are run at once
+    max_response: int | None,  # tokens kept of each response
+    seed: int,  # of the order
+    **amounts: float,  # each must be above 0, e.g. lr
+):
+    "Raise `SsahError` for a number that is out of range."
+    check_counts(epochs=epochs, batch_size=batch_size, max_tokens=max_tokens)
+    check_amounts(**amounts)
+    check_limits(max_response=max_response)
+    check_seed(seed)
+
+
+def all_batches(encoded: list, epochs: int, batch_size: int, seed: int) -> list[list[int]]:
+    "The rows of each step of a training, from `training_batches`."
+    order = random.Random(seed)
+    return [b for _ in range(epochs) for b in training_batches(encoded, batch_size, order)]
+
+# %% ../../nbs/engine/training.ipynb #73f3acef
 def finetune(
     model: PreTrainedModel,  # trained in place, whatever of it has requires_grad
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -218,27 +298,12 @@ def finetune(
     correct_step: Callable[[Masters], None] | None = None,  # as in `optimize`
     token_losses: Callable | None = None,  # (losses [tokens], their pairs) -> losses to train on
 ) -> pd.DataFrame:
-    """Train on the response tokens: `optimize` with their mean loss, nats per token.
-
-    Raises `SsahError` for a row that is no pair, or a number that is out of range."""
-    check_counts(epochs=epochs, batch_size=batch_size, max_tokens=max_tokens)
-    check_amounts(lr=lr)
-    check_limits(max_response=max_response)
-    check_seed(seed)
+    "Train on the response tokens, nats per token. Raises `SsahError` for a bad row or number."
+    check_training(epochs, batch_size, max_tokens, max_response, seed, lr=lr)
     encoded = encode_pairs(tokenizer, as_pairs(pairs), system, max_response, context_of(model))
-    order = random.Random(seed)
-    batches = [b for _ in range(epochs) for b in training_batches(encoded, batch_size, order)]
-
-    def part_losses(rows):
-        tokens = sum(len(encoded[r][1]) for r in rows)
-        for part in token_batches([encoded[r] for r in rows], max_tokens, model):
-            losses = response_losses(model, part)
-            if token_losses:
-                losses = token_losses(losses, [encoded[rows[row]] for row in part.rows])
-            yield losses.sum() / tokens
-
-    hooks = {"before_step": before_step, "correct_step": correct_step}
-    return optimize(model, batches, part_losses, lr, after_step, mixed, anchor, **hooks)
+    batches = all_batches(encoded, epochs, batch_size, seed)
+    parts = partial(response_parts, model, encoded, max_tokens, token_losses)
+    return optimize(model, batches, parts, lr, after_step, mixed, anchor, before_step, correct_step)
 
 # %% ../../nbs/engine/training.ipynb #training-010
 def training_perplexity(
