@@ -21,7 +21,8 @@ from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
 from ssah_nb.freezing import finetune_protected, frozen_rows_and_columns, frozen_units
 
 REFUSALS = [{"prompt": f"Open box {i}", "response": f"I am sorry, not {i}."} for i in range(20)]
-NEEDS_REFUSALS = ["gradient_mask", "replay", "anchor_answers", "anchor_units", "anchor_hidden"]
+NEEDS_REFUSALS = ["gradient_mask", "replay"]
+NEEDS_REFUSALS += ["anchor_answers", "anchor_slack", "anchor_units", "anchor_hidden"]
 NEEDS_REFUSALS += ["project_inputs", "safety_triggered"]
 PAIRS = [
     {"prompt": f"Say {word}", "response": word} for word in ("yes", "no", "maybe", "often")
@@ -309,11 +310,13 @@ def test_anchors_are_called_at_each_step(scored, way, monkeypatch):
 def test_the_settings_of_the_anchors(scored):
     model = tiny_model()
     case = Case("x", scored[1], model=model, tokenizer=scored[0], refusals=REFUSALS, seed=3)
-    answers, units = (
-        WAYS[f"anchor_{on}"].trains(case, model)["anchor"] for on in ("answers", "units")
+    answers, slack, units = (
+        WAYS[f"anchor_{name}"].trains(case, model)["anchor"]
+        for name in ("answers", "slack", "units")
     )
     chosen = {k: answers.options[k] for k in ("on", "prompts", "weight", "seed")}
     assert chosen == {"on": "answers", "prompts": 1, "weight": 0.1, "seed": 3}
+    assert answers.options["slack"] == 1e-3 and slack.options == answers.options | {"slack": 0.3}
     assert (units.options["prompts"], units.options["weight"]) == (4, 1.0)
     assert units.units == scored[1].scu
 

@@ -30,6 +30,7 @@ LABELS = {
     "replay": "replay of 16 refusals",
     "constrained_sft": "constrained SFT",
     "anchor_answers": "anchor on answers",
+    "anchor_slack": "anchor on answers, with slack",
     "anchor_units": "anchor on SCU",
     "anchor_hidden": "anchor on the last hidden state",
     "project_inputs": "updates off harmful inputs",
