@@ -89,6 +89,15 @@ def lengths(notebook) -> tuple[float, int]:
     return statistics.median(lines), max(lines)
 
 
+PARAMETER = re.compile(r" +\*{0,2}\w+(: .+)?( = .+|=.+)?,  # .+")
+
+
+def longest(notebook) -> int:
+    "Lines of the longest code cell; a parameter with its explanation is not counted."
+    cells = (source.splitlines() for source in sources(notebook, "code"))
+    return max(sum(not PARAMETER.fullmatch(line) for line in lines) for lines in cells)
+
+
 # What it must not show
 
 

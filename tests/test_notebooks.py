@@ -14,6 +14,7 @@ from helpers_notebooks import (
     images,
     kept_responses,
     lengths,
+    longest,
     output_texts,
     places,
     prose_share,
@@ -70,8 +71,8 @@ def test_a_chapter_explains_more_than_it_computes(path):
 
 @each_chapter
 def test_a_chapter_goes_in_small_steps(path):
-    median, longest = lengths(read(path))
-    assert median <= 8 and longest <= 25
+    median, most = lengths(read(path))
+    assert median <= 8 and most <= 25
 
 
 @each_chapter
@@ -89,6 +90,11 @@ def test_a_chapter_opens_with_its_claim(path):
 @each_page
 def test_an_engine_page_says_what_it_is_for(path):
     assert prose_share(read(path)) >= 0.2
+
+
+@each_notebook
+def test_no_cell_is_long(path):
+    assert longest(read(path)) <= 25
 
 
 # What is stored is what the source gives
@@ -314,6 +320,8 @@ def test_the_bars_are_measured_as_they_are_meant():
     assert (formulas(notebook), drawings(notebook), images(notebook)) == (2, 1, ["drawings/x.svg"])
     assert prose_share(made_up(source="x" * 10, prose="y" * 8)) == 0.8
     assert lengths(made_up(source="a = 1\nb = 2\n\nc = 3")) == (4, 4)
+    with_parameters = "def f(\n    a: int,  # one\n    *b,  # two\n    c=3,  # three\n):\n    pass"
+    assert longest(made_up(source=with_parameters)) == 3
     assert formulas(made_up(prose="`$HOME` costs 5 $")) == 0
 
     shown = made_up(printed("1"))
