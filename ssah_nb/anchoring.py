@@ -307,16 +307,6 @@ WAYS |= {
         r"L + 0.1 \cdot \mathrm{KL}(p_0 \Vert p) \text{ on one of } R \text{ a step}",
         trains=lambda case, model: anchored(case, model, prompts=1, weight=0.1),
     ),
-    "anchor_slack": Way(
-        "the same, and a drift of up to 0.3 nats costs nothing",
-        "chapter 7",
-        r"L + 0.1 \cdot (\mathrm{KL}(p_0 \Vert p) - 0.3)_+ \text{ on one of } R \text{ a step}",
-        trains=lambda case, model: anchored(case, model, prompts=1, weight=0.1, slack=0.3),
-    ),
-}
-
-# %% ../nbs/07_anchoring.ipynb #07-anchoring-w03
-WAYS |= {
     "anchor_units": Way(
         "what the SCU say on refusals is held",
         "chapter 7",
@@ -324,3 +314,11 @@ WAYS |= {
         trains=lambda case, model: anchored(case, model, on="units", units=case.units.scu),
     ),
 }
+
+# %% ../nbs/07_anchoring.ipynb #07-anchoring-w03
+WAYS["anchor_slack"] = Way(
+    "the answers are held, and a drift of up to 0.3 nats costs nothing",
+    "chapter 7",
+    r"L + 0.1 \cdot (\mathrm{KL}(p_0 \Vert p) - 0.3)_+ \text{ on one of } R \text{ a step}",
+    trains=lambda case, model: anchored(case, model, prompts=1, weight=0.1, slack=0.3),
+)
