@@ -210,14 +210,16 @@ class Drill:
         return wrong + [f"{name} differs" for name in different] + self.left_behind()
 
     def interrupt(self) -> tuple[str, list[str]]:
-        """Ctrl-C while the last chapter runs; where, and what is wrong."""
+        """Ctrl-C, pressed three times, while the last chapter runs; where, and what is wrong."""
         chapters = self.forget()
         command, wait = self.start(chapters), self.chances.uniform(0, self.seconds[chapters[-1]])
         while command.poll() is None and self.said.read_text().count(": start") < len(chapters):
             time.sleep(0.05)
         time.sleep(0.8 * wait)
-        with contextlib.suppress(ProcessLookupError):  # it has failed
-            os.killpg(command.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            for _ in range(3):
+                os.killpg(command.pid, signal.SIGINT)
+                time.sleep(0.1)
         status, lines = command.wait(), self.said.read_text().splitlines()
         ended = [line for line in lines if line.endswith(STOPPED)]
         wrong = [] if status in (-signal.SIGINT, 130) else [f"exit status {status}"]

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,12 @@ import psutil
 
 class RunningError(RuntimeError):
     """A run of the profile is going on; the message is one line."""
+
+
+def interrupted_once(*_) -> None:
+    """For SIGINT: Ctrl-C ends this process, and pressing it again does not disturb the end."""
+    signal.signal(signal.SIGINT, lambda *_: None)
+    raise KeyboardInterrupt
 
 
 def hold(path: Path) -> int | None:

@@ -32,7 +32,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import nbformat
 import papermill
 import psutil
-from one_run import chapter_held, temporary, write_whole
+from one_run import chapter_held, interrupted_once, temporary, write_whole
 
 from ssah_nb.engine.opening import MOST, parse_yaml, read_json, read_text
 
@@ -332,7 +332,7 @@ def run_notebook(profile: str, chapter: str, parameters: dict) -> None:
 
 def main(profile: str, chapter: str, threads: str) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupted_once)
     end_with_parent(os.environ.get("SSAH_SNAKEMAKE"))
     try:
         run(profile, chapter, threads)
