@@ -9,6 +9,7 @@ __all__ = ['OPENING', 'PREFILLED', 'CONDITIONS', 'Asked', 'unused_prompts', 'eve
            'training_pairs']
 
 # %% ../../nbs/engine/protection.ipynb #protection-002
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -224,6 +225,7 @@ def run_cases(
         if kept := kept_case(run, case, print_of):
             return kept
         found = {"case": asdict(case), "fingerprint": print_of} | work(case)
+        gc.collect()  # a trained model refers to itself by its hooks, and holds its memory till then
         path = run.path("protection", f"{case.name}.json")
         write_atomic(path, json.dumps(found).encode())
         return found

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT', 'NEG', 'SOFT', 'AM', 'WILL', 'HELP', 'WRONG', 'RIGHT', 'ENGLISH', 'ICH', 'OTHER_LANGUAGES', 'RULES',
-           'SET_PHRASES', 'SET_PHRASE', 'QUOTED', 'MARKUP', 'COMMON', 'refusal_idea', 'content_words', 'off_topic']
+           'SET_PHRASES', 'SET_PHRASE', 'WHOLE', 'QUOTED', 'MARKUP', 'COMMON', 'refusal_idea', 'content_words',
+           'off_topic']
 
 # %% ../../nbs/engine/refusal.ipynb #refusal-002
 import re
@@ -159,7 +160,10 @@ SET_PHRASES = (
     r"我不得不|我(?:不能|无法)(?:不|更|保证|确定)|我不会(?:骗|忘)",
 )
 SET_PHRASE = re.compile("|".join(SET_PHRASES))
-QUOTED = re.compile(r'"[^"]*(?:"|$)|“[^”]*(?:”|$)|«[^»]*(?:»|$)|„[^“]*(?:“|$)|—[^—]*—')
+WHOLE = re.compile(r"""["“«„]([^"“”«»„]*)["”»“]""")  # an answer that stands in quotes as a whole
+QUOTED = re.compile(
+    r'(?<!\d)"[^"]*(?:"|$)|“[^”]*(?:”|$)|«[^»]*(?:»|$)|„[^“]*(?:“|$)|(?m:^)\s*—[^—]*—'
+)
 MARKUP = re.compile(r"^(?:\[[^\]]*\]|[*#>_`\s]+)*")
 
 # %% ../../nbs/engine/refusal.ipynb #cb5296aa
@@ -169,7 +173,8 @@ def refusal_idea(
 ) -> str | None:  # a key of `RULES`; None: not a refusal
     "Which idea makes the response a refusal."
     straight = response.strip().translate({0x2018: "'", 0x2019: "'"})
-    unquoted = QUOTED.sub(" ", straight)
+    whole = WHOLE.fullmatch(straight)
+    unquoted = whole[1] if whole else QUOTED.sub(" ", straight)
     text = MARKUP.sub("", " ".join(unquoted.lower().split()))[:window]
     text = SET_PHRASE.sub(" ", text)
     return next((idea for idea, rule in RULES.items() if rule.search(text)), None)
