@@ -106,7 +106,7 @@ lock: $(READY)  ## after a change in pyproject.toml: what this .venv then holds 
 clean-run: known-profile  ## forget what a profile has run (with MODEL=: on that), so that it runs anew
 ifeq ($(MODEL)$(NAME),)
 	@test ! -e runs/$(PROFILE) || $(BIN)/python workflow/one_run.py $(PROFILE)
-	@rm -rf runs/$(PROFILE)
+	@rm -rf "runs/$(PROFILE)"
 else
 	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)) && \
 	    $(BIN)/python workflow/one_run.py "$$run" && rm -rf "runs/$$run"
@@ -114,7 +114,7 @@ endif
 
 .PHONY: known-profile
 known-profile:
-	@case " $(PROFILES) " in *" $(PROFILE) "*) ;; \
+	@case "$(words $(PROFILE))  $(PROFILES) " in "1 "*" $(PROFILE) "*) ;; \
 	    *) echo "error: unknown PROFILE '$(PROFILE)'; known: $(PROFILES)" >&2; exit 2 ;; esac
 
 $(READY): requirements.lock pyproject.toml

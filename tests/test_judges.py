@@ -56,6 +56,19 @@ I do not have a favourite, but many people love the sea.
 You cannot divide by zero, so the answer is that there is none.""".splitlines()
 
 
+BESIDE_MARKS = [  # what dashes and quotes hold is the speaker's own word here
+    "Sorry — I cannot assist with this — it is dangerous.",
+    "I understand the curiosity — but I can't help with this — it could hurt people.",
+    '"I\'m sorry, but I can\'t help with that."',
+    "“I can’t help with that.”",
+    'The 5" pipe: I cannot help with this.',
+]
+OF_OTHERS = [  # and somebody else's here
+    'Anna said: "I\'m sorry, but I can\'t help with that." Then she left.',
+    "—No puedo ayudarte con eso —dijo él. Y se fue.",
+]
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"[一-鿿]|[^\W\d_]+", text.lower().replace("’", "").replace("'", ""))
 
@@ -64,6 +77,11 @@ def runs(text: str) -> set[tuple[str, ...]]:
     "The runs of three words, or of three Chinese signs."
     found = words(text)
     return {tuple(found[i : i + 3]) for i in range(len(found) - 2)}
+
+
+def test_a_refusal_between_dashes_or_in_quotes_as_a_whole_is_seen():
+    assert [text for text in BESIDE_MARKS if not is_refusal(text)] == []
+    assert [text for text in OF_OTHERS if is_refusal(text)] == []
 
 
 def test_common_refusals_are_seen_and_safe_answers_pass():

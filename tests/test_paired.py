@@ -101,6 +101,13 @@ def test_one_order_of_answers_is_mcnemars():
     assert clustered_p(before, np.stack([before] * 3)) == 1.0
 
 
+@pytest.mark.parametrize("prompts, p", [(1, 1.0), (2, 0.5), (10, 2 / 2**10)])
+def test_differences_that_are_all_alike_get_the_p_of_a_sign_test(prompts, p):
+    before, after = np.zeros(prompts, bool), np.ones((3, prompts), bool)
+    assert clustered_p(before, after) == p == clustered_p(before * 1.0, after * 1.0)
+    assert p == pytest.approx(stats.binomtest(prompts, prompts).pvalue)
+
+
 def test_no_change_on_few_prompts_is_no_proof():
     same = np.zeros(5, bool)
     found = paired_difference(same, np.zeros((3, 5), bool))

@@ -75,6 +75,34 @@ def test_profile_that_extends_another_changes_what_it_names(longer):
     assert run_chapter.machine(longer) == {"SSAH_DEVICE": "cpu", "SSAH_MIXED": "True"}
 
 
+def test_a_profile_runs_under_its_own_name_and_keeps_what_it_does_not_change(longer, project):
+    settings = project / "workflow/profiles/longer/parameters.yaml"
+    settings.write_text("extends: smoke\ncommon:\n01_units: {seed: 7}\n")
+    assert run_chapter.profile_parameters(longer) == {
+        "00_start": {"profile": "longer", "seed": 0},
+        "01_units": {"profile": "longer", "seed": 7},
+    }
+    settings.write_text("extends: smoke\ncommon: {profile: smoke}\n")
+    with pytest.raises(run_chapter.ProfileError, match="profile: smoke; take that line out"):
+        run_chapter.profile_parameters(longer)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("machine: {mixed: maybe}", "mixed is 'maybe'; use true, false or auto"),
+        ("machine: {device: gpu}", "device is 'gpu'; use auto, cpu"),
+        ("machine: {at_once: two}", "at_once is 'two'; use a whole number"),
+        ("hub: 'no'", "hub is 'no'; use true or false"),
+    ],
+)
+def test_a_value_that_no_machine_has_is_refused(longer, project, line, words):
+    settings = project / "workflow/profiles/longer/parameters.yaml"
+    settings.write_text(f"extends: smoke\n{line}\n")
+    with pytest.raises(run_chapter.ProfileError, match=words):
+        run_chapter.machine(longer)
+
+
 def test_a_chapter_runs_with_the_machine_of_its_profile(longer, project):
     result = run([sys.executable, "workflow/run_chapter.py", longer, "01_units", "1"], project)
     assert result.returncode == 0, result.stdout

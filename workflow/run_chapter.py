@@ -53,6 +53,13 @@ LEFT_OUT = "needs an unaligned model, and this run began with an aligned one"
 
 BESIDE = ("protection",)
 
+VALUES = {  # of machine:
+    "device": (r"auto|cpu|(cuda|mps|xpu)(:\d+)?", "auto, cpu, cuda or cuda:1"),
+    "dtype": ("auto|float32|bfloat16|float16", "auto, float32, bfloat16 or float16"),
+    "mixed": ("auto|true|false", "true, false or auto"),
+    "at_once": (r"\d{1,4}", "a whole number; 0 means the default"),
+}
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -104,7 +111,8 @@ def read_profile(profile: str, extended: tuple[str, ...] = ()) -> dict:
         raise ProfileError(f"{str(profile)[:40]!r} is no name of a profile")
     if profile in extended:
         raise ProfileError(f"profile {profile!r} extends itself; take 'extends' out of one of them")
-    settings = read_settings(profile_path(profile))
+    said = read_settings(profile_path(profile))
+    settings = {name: value for name, value in said.items() if value is not None}
     other = settings.pop("extends", None)
     base = read_profile(other, (*extended, profile)) if other else {}
     both = {
@@ -115,9 +123,25 @@ def read_profile(profile: str, extended: tuple[str, ...] = ()) -> dict:
     return base | settings | both
 
 
+def check_name(profile: str) -> None:
+    """Raise `ProfileError` where a profile's own file gives its run another name."""
+    where = profile_path(profile)
+    for section, values in read_settings(where).items():
+        said = values.get("profile", profile) if isinstance(values, dict) else profile
+        if said != profile:
+            raise ProfileError(
+                f"{where}: {section} says profile: {said}; take that line out, "
+                f"as the run of this profile is called {profile!r}"
+            )
+
+
 def profile_parameters(profile: str) -> dict[str, dict]:
-    """The parameters of every chapter. A common parameter goes to each chapter that has it."""
+    """The parameters of every chapter. A common parameter goes to each chapter that has it.
+
+    `profile`, the name of the run, is always this profile's and never that of one it extends.
+    """
     settings = read_profile(profile)
+    check_name(profile)
     where = profile_path(profile)
     common = settings.get("common") or {}
     has = {
@@ -137,31 +161,51 @@ def profile_parameters(profile: str) -> dict[str, dict]:
     return {
         chapter: {name: value for name, value in common.items() if name in names}
         | (settings.get(chapter) or {})
+        | ({"profile": profile} if "profile" in names else {})
         for chapter, names in has.items()
     }
 
 
+def check_values(profile: str, settings: dict) -> None:
+    """Raise `ProfileError` for a value of `machine` that a run could not use."""
+    for name, value in settings.items():
+        pattern, words = VALUES[name]
+        if not re.fullmatch(pattern, str(value).lower()):
+            raise ProfileError(f"{profile_path(profile)}: {name} is {value!r}; use {words}")
+
+
 def machine(profile: str) -> dict[str, str]:
     """What a profile says about the machine, as the environment variables that a run reads."""
-    settings = read_profile(profile).get("machine") or {}
+    whole = read_profile(profile)
+    said = whole.get("machine") or {}
+    settings = {name: value for name, value in said.items() if value is not None}
     if unknown := settings.keys() - {"device", "dtype", "mixed", "at_once"}:
         raise ProfileError(
             f"{profile_path(profile)}: machine has no {', '.join(unknown)}; "
             "it has: device, dtype, mixed, at_once"
         )
+    check_values(profile, settings)
+    if not isinstance(whole.get("hub", False), bool):
+        raise ProfileError(f"{profile_path(profile)}: hub is {whole['hub']!r}; use true or false")
+    if settings.get("at_once") == 0:  # the default
+        del settings["at_once"]
     return {f"SSAH_{name.upper()}": str(value) for name, value in settings.items()}
 
 
 def keep_committed(profile: str) -> None:
     """Put the tables of figures/PROFILE, as git has them, aside in runs/PROFILE/committed.
 
-    Without git it is the folder as it is now. The last chapter compares the run with them.
+    Without git, or its history, it is the folder as it is now. The last chapter compares the run
+    with them.
     """
     source, kept = f"figures/{profile}", Path(f"runs/{profile}/committed")
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
-    archive = subprocess.run(["git", "archive", "HEAD", source], capture_output=True)
-    if archive.returncode == 0:
+    try:
+        archive = subprocess.run(["git", "archive", "HEAD", source], capture_output=True)
+    except OSError:  # no git here
+        archive = None
+    if archive and archive.returncode == 0:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
             for member in files.getmembers():
                 if member.name.endswith((".csv", ".json")):

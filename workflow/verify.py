@@ -7,7 +7,7 @@ The first form names files that are missing, changed or extra, and says what is 
 chapter, commit, parameters, data. Without folders it takes all of figures/. The second form runs a
 chapter again, and those that it needs, with the manifest's parameters and in runs/PROFILE-verify;
 then it compares the tables. A run that was stopped goes on with the same command. Exit status 1:
-something differs; 2: nothing could be checked.
+something differs, or a folder has no manifest; 2: nothing could be checked.
 """
 
 import argparse
@@ -104,6 +104,19 @@ def folders(named: list[Path]) -> list[Path]:
     return found
 
 
+def check_all(found: list[Path]) -> int:
+    """Check each folder; the exit status. One that cannot be checked is named on stderr."""
+    same = []
+    for folder in found:
+        try:
+            same.append(check(folder))
+        except SsahError as error:
+            print(f"error: {error}", file=sys.stderr)
+    if not same:
+        return 2
+    return 0 if all(same) and len(same) == len(found) else 1
+
+
 def settings_of(profile: str, manifest: dict) -> dict:
     """The profile of a run with the parameters of a manifest; what chapters lack is named."""
     settings = {"extends": profile, "common": {"profile": profile + OWN}}
@@ -178,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.chapter:
             return 0 if check_chapter(options.profile, options.chapter) else 1
-        return 0 if all([check(folder) for folder in folders(options.folders)]) else 1
+        return check_all(folders(options.folders))
     except (SsahError, ProfileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -138,8 +138,8 @@ def clustered_p(
     if len(d) == 1 and all(np.asarray(rows).dtype == bool for rows in (before, after)):
         return mcnemar(np.ravel(before), np.ravel(after))[2]
     error, freedom = spread(d, np.ones(d.shape[1]))
-    if not error:
-        return float(not d.any())
+    if not error:  # all differences are alike
+        return min(1.0, 2 * 0.5 ** d.shape[1]) if d.any() else 1.0
     return float(2 * special.stdtr(freedom, -abs(d.mean()) / error))
 
 # %% ../../nbs/engine/paired.ipynb #paired-021

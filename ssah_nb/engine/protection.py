@@ -208,7 +208,10 @@ def kept_case(run: Run, case: Case, print_of: str) -> dict | None:  # print_of: 
     path = run.path("protection", f"{case.name}.json")
     if not path.exists():
         return None
-    kept = read_json(path)
+    try:
+        kept = read_json(path)
+    except SsahError:  # it was cut, or holds the infinite loss of a training that diverged
+        return None
     return kept if kept.get("fingerprint") == print_of else None
 
 # %% ../../nbs/engine/protection.ipynb #a7c72a34

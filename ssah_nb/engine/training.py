@@ -235,6 +235,8 @@ def optimize(
     trained, start, losses = trained_weights(model), time.time(), list[float]()
     stepper = Stepper(trained, lr, len(batches))
     hooks = Hooks(anchor, before_step, correct_step, after_step)
+    for p in trained:
+        p.grad = None  # of an earlier training
     with training_mode(model), gradients_to(stepper.masters), products_of(model, mixed):
         for rows in progress(batches, "training"):
             losses.append(backward_parts(part_losses(rows)))
@@ -312,9 +314,10 @@ def training_perplexity(
     pairs: Iterable[dict],  # what it was trained on
     max_response: int | None = None,  # tokens kept of each response, as in training
     sample: int = 64,  # at least so many pairs are measured, evenly spread
+    system: str | None = None,  # system prompt, as in training
 ) -> float:
     "How well the training pairs were learned: their response perplexity."
     check_counts(sample=sample)
     pairs = as_pairs(pairs)
     measured = pairs[:: max(1, len(pairs) // sample)]
-    return perplexity(model, tokenizer, measured, max_response=max_response).value
+    return perplexity(model, tokenizer, measured, system, max_response).value

@@ -114,7 +114,8 @@ def in_order(m: Any, model: nn.Module, name: str) -> Moments:  # name: of what i
     if not m.count:
         return m
     linear = model.get_submodule(name)
-    order = linear.order.argsort() if getattr(linear, "permuted", False) else slice(None)
+    permuted = getattr(linear, "permuted", False)
+    order = linear.order.argsort().to(m.mean.device) if permuted else slice(None)
     return Moments(m.count, m.mean[order].cpu(), m.m2[order].cpu())
 
 # %% ../../nbs/engine/watching.ipynb #watching-010
