@@ -140,8 +140,12 @@ def finetune_until(
         options = {"lr": lr / 2 if i else lr, "seed": seed + i} | training
         return finetune_part(model, tokenizer, parts[i], ema, **options)
 
-    as_trained = {name: training.get(name) for name in ("max_response", "system")}
-    measure = partial(training_perplexity, model, tokenizer, pairs, **as_trained)
+    as_trained = partial(
+        training_perplexity,
+        max_response=training.get("max_response"),
+        system=training.get("system"),
+    )
+    measure = partial(as_trained, model, tokenizer, pairs)
     row = train_until(model, len(parts), train, measure, target)
     return {"epochs": 1 + row.pop("part") / n} | row
 

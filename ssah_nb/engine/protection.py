@@ -228,7 +228,7 @@ def run_cases(
         if kept := kept_case(run, case, print_of):
             return kept
         found = {"case": asdict(case), "fingerprint": print_of} | work(case)
-        gc.collect()  # a trained model refers to itself by its hooks, and holds its memory till then
+        gc.collect()  # a trained model refers to itself by its hooks, and would stay in memory
         path = run.path("protection", f"{case.name}.json")
         write_atomic(path, json.dumps(found).encode())
         return found
