@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['OPENING', 'PREFILLED', 'CONDITIONS', 'Asked', 'unused_prompts', 'even_sample', 'asked_of', 'first_words', 'Judging',
            'answered', 'losses_of', 'margins_of', 'prefilled_answers', 'save_said', 'outcomes_of', 'Case',
-           'fingerprint', 'kept_case', 'run_cases', 'estimate', 'Condition', 'poison_size', 'harmful_pairs',
-           'training_pairs']
+           'fingerprint', 'kept_case', 'give_back_memory', 'run_cases', 'estimate', 'Condition', 'poison_size',
+           'harmful_pairs', 'training_pairs']
 
 # %% ../../nbs/engine/protection.ipynb #protection-002
+import ctypes
 import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,13 @@ def kept_case(run: Run, case: Case, print_of: str) -> dict | None:  # print_of: 
         return None
     return kept if kept.get("fingerprint") == print_of else None
 
+# %% ../../nbs/engine/protection.ipynb #protection-mem1
+def give_back_memory():
+    "Return what a trained model has left to the system; with glibc all of it."
+    gc.collect()  # its hooks refer to it
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
 # %% ../../nbs/engine/protection.ipynb #a7c72a34
 def run_cases(
     run: Run,  # whose folder keeps the cases
@@ -228,7 +237,7 @@ def run_cases(
         if kept := kept_case(run, case, print_of):
             return kept
         found = {"case": asdict(case), "fingerprint": print_of} | work(case)
-        gc.collect()  # a trained model refers to itself by its hooks, and would stay in memory
+        give_back_memory()
         path = run.path("protection", f"{case.name}.json")
         write_atomic(path, json.dumps(found).encode())
         return found
