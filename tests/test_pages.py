@@ -31,7 +31,7 @@ def test_a_page_runs(path, tmp_path, monkeypatch):
     names = {name: thing for name, thing in exported.items() if not name.startswith("__")}
     names |= {"__name__": "__main__", "display": lambda *shown: None}
     (tmp_path / "figures").mkdir()  # what a page writes goes beside the link
-    for name in ("settings.ini", "nbs", "figures/embedded", "benchmarks"):
+    for name in ("settings.ini", "nbs", "figures/embedded", "figures/protection", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     for i, source in enumerate(code_of(path)):

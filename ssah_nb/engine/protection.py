@@ -9,12 +9,9 @@ __all__ = ['OPENING', 'PREFILLED', 'CONDITIONS', 'Asked', 'unused_prompts', 'eve
            'harmful_pairs', 'training_pairs']
 
 # %% ../../nbs/engine/protection.ipynb #protection-002
-import ctypes
-import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,11 @@ from .margin import refusal_margins
 from .opening import read_json
 from .run import Run, SsahError, side_by_side, write_atomic
 from .splits import Splits
+
+# %% ../../nbs/engine/protection.ipynb #protection-mem0
+import ctypes
+import gc
+from contextlib import suppress
 
 # %% ../../nbs/engine/protection.ipynb #protection-005
 @dataclass(frozen=True)
