@@ -106,6 +106,8 @@ def test_differences_that_are_all_alike_get_the_p_of_a_sign_test(prompts, p):
     before, after = np.zeros(prompts, bool), np.ones((3, prompts), bool)
     assert clustered_p(before, after) == p == clustered_p(before * 1.0, after * 1.0)
     assert p == pytest.approx(stats.binomtest(prompts, prompts).pvalue)
+    tenths = np.full((3, prompts), 0.1) * [[1], [1 + 1e-15], [1]]  # alike, but for rounding
+    assert clustered_p(np.zeros(prompts), tenths) == p
 
 
 def test_no_change_on_few_prompts_is_no_proof():

@@ -75,6 +75,19 @@ def test_gradients_of_an_earlier_training_have_no_say():
     assert all(torch.equal(a, b) for a, b in weights)
 
 
+def test_perplexity_is_measured_behind_the_system_prompt_of_the_training():
+    given = (tiny_model(), tiny_tokenizer(), PAIRS)
+    done = matched.finetune_until(*given, lr=1e-2, batch_size=2, system="Be brief.")
+    assert done["training_perplexity"] == training_perplexity(*given, system="Be brief.")
+    assert done["training_perplexity"] != training_perplexity(*given)
+
+
+@pytest.mark.parametrize("option", [{"epochs": 3}, {"after_step": print}])
+def test_an_option_that_the_matching_decides_is_refused(option):
+    with pytest.raises(SsahError, match=f"{[*option][0]} has no place here; use"):
+        matched.finetune_until(tiny_model(), tiny_tokenizer(), PAIRS, **option)
+
+
 def test_ways_side_by_side_give_the_same_models_as_one_after_the_other(scored):
     base = tiny_model()
     ways = [

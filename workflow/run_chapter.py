@@ -179,10 +179,10 @@ def machine(profile: str) -> dict[str, str]:
     whole = read_profile(profile)
     said = whole.get("machine") or {}
     settings = {name: value for name, value in said.items() if value is not None}
-    if unknown := settings.keys() - {"device", "dtype", "mixed", "at_once"}:
+    if unknown := settings.keys() - VALUES.keys():
         raise ProfileError(
             f"{profile_path(profile)}: machine has no {', '.join(unknown)}; "
-            "it has: device, dtype, mixed, at_once"
+            f"it has: {', '.join(VALUES)}"
         )
     check_values(profile, settings)
     if not isinstance(whole.get("hub", False), bool):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Masters', 'mixed_precision', 'training_mode', 'gradients_to', 'training_batches', 'rate_share', 'backward_parts',
            'FloatMasters', 'clip', 'Stepper', 'check_loss', 'trained_weights', 'Hooks', 'products_of', 'history_of',
-           'optimize', 'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity']
+           'optimize', 'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity',
+           'perplexity_as_trained']
 
 # %% ../../nbs/engine/training.ipynb #training-002
 import math
@@ -62,6 +63,8 @@ def gradients_to(
     masters: dict[torch.nn.Parameter, torch.nn.Parameter],  # {trained: its float32 master}
 ) -> Iterator[None]:
     "Inside, each gradient is added to its master's as soon as it is there, and freed."
+    for p in masters:
+        p.grad = None  # of an earlier training
 
     def hand_over(p: torch.nn.Parameter):
         master, new = masters[p], p.grad
@@ -235,8 +238,6 @@ def optimize(
     trained, start, losses = trained_weights(model), time.time(), list[float]()
     stepper = Stepper(trained, lr, len(batches))
     hooks = Hooks(anchor, before_step, correct_step, after_step)
-    for p in trained:
-        p.grad = None  # of an earlier training
     with training_mode(model), gradients_to(stepper.masters), products_of(model, mixed):
         for rows in progress(batches, "training"):
             losses.append(backward_parts(part_losses(rows)))
@@ -321,3 +322,9 @@ def training_perplexity(
     pairs = as_pairs(pairs)
     measured = pairs[:: max(1, len(pairs) // sample)]
     return perplexity(model, tokenizer, measured, system, max_response).value
+
+# %% ../../nbs/engine/training.ipynb #training-p02
+def perplexity_as_trained(model, tokenizer, pairs: Iterable[dict], training: dict) -> float:
+    "`training_perplexity`, with the options of the `finetune` that trained the pairs."
+    limit, system = training.get("max_response"), training.get("system")
+    return training_perplexity(model, tokenizer, pairs, limit, system=system)
