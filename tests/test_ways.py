@@ -15,10 +15,11 @@ from ssah_nb.attribution import importance
 from ssah_nb.classes import classify
 from ssah_nb.engine import matched, ways
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+from ssah_nb.engine.parts import split_linears
 from ssah_nb.engine.run import SsahError, side_by_side
 from ssah_nb.engine.training import training_perplexity
 from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
-from ssah_nb.freezing import finetune_protected, frozen_rows_and_columns, frozen_units
+from ssah_nb.freezing import finetune_protected, freeze, frozen_rows_and_columns, frozen_units
 
 REFUSALS = [{"prompt": f"Open box {i}", "response": f"I am sorry, not {i}."} for i in range(20)]
 NEEDS_REFUSALS = ["gradient_mask", "replay"]
@@ -180,6 +181,73 @@ def run_way(scored, way, model=None, refusals=REFUSALS, **options):
 
 def same_weights(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def can_train(model) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def ordinary(way, scored, model):
+    "Whether a model is as good as a fresh one, whose embeddings are not trained."
+    fresh = tiny_model()
+    fresh.model.embed_tokens.requires_grad_(False)
+    assert can_train(model) == can_train(fresh)
+    training = dict(unaligned=tiny_model(seed=1))
+    models = [run_way(scored, way, m, **training)[0] for m in (model, fresh)]
+    assert can_train(models[0]) == can_train(models[1]) == can_train(model)
+    return same_weights(*models)
+
+
+WRAPPING = ["full", "scu_all_cu", "lora", "safe_lora"]
+
+
+@pytest.mark.parametrize("way", WRAPPING)
+def test_what_could_be_trained_can_be_trained_afterwards(scored, way):
+    if "lora" in way:
+        pytest.importorskip("peft")
+    model = tiny_model()
+    model.model.embed_tokens.requires_grad_(False)
+    before = can_train(model)
+    assert {True, False} == set(before.values())
+    tuned, _ = run_way(scored, way, model, unaligned=tiny_model(seed=1))
+    assert tuned is model and can_train(model) == before
+
+
+def interrupt(losses, pairs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("way", WRAPPING)
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        ({"token_losses": interrupt}, KeyboardInterrupt),
+        ({"token_losses": lambda losses, pairs: losses * float("nan")}, SsahError),
+        ({"target": "low"}, SsahError),
+        ({"no_such_option": 1}, TypeError),
+    ],
+)
+def test_a_training_that_fails_leaves_an_ordinary_model(scored, way, wrong, error):
+    if "lora" in way:
+        pytest.importorskip("peft")
+    model = tiny_model()
+    model.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(error):
+        run_way(scored, way, model, unaligned=tiny_model(seed=1), **wrong)
+    assert list(model.state_dict()) == list(tiny_model().state_dict())
+    assert same_weights(model, tiny_model())
+    assert ordinary(way, scored, model)
+
+
+def test_a_model_that_was_frozen_before_stays_frozen(scored):
+    model, mask = tiny_model(), scored[1].scu
+    names = list(freeze(model, mask).state_dict())
+    parts = [name for name, _ in model.named_parameters()]
+    with pytest.raises(SsahError, match="frozen already; merge"):
+        run_way(scored, "scu_all_cu", model)
+    assert [name for name, _ in model.named_parameters()] == parts
+    run_way(scored, "full", model)
+    assert list(model.state_dict()) == names and split_linears(model)
 
 
 # A way of one's own

@@ -62,6 +62,8 @@ def gradients_to(
     masters: dict[torch.nn.Parameter, torch.nn.Parameter],  # {trained: its float32 master}
 ) -> Iterator[None]:
     "Inside, each gradient is added to its master's as soon as it is there, and freed."
+    for p in masters:
+        p.grad = None  # left over from before
 
     def hand_over(p: torch.nn.Parameter):
         master, new = masters[p], p.grad
