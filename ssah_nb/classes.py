@@ -21,12 +21,12 @@ from .engine.cutting import tell_width, whole_model
 from .engine.experts import experts_off, refuse_experts
 from .engine.inputs import as_rows
 from .engine.intervals import Estimate
-from .engine.limits import check_amounts, check_shares
+from .engine.limits import check_amounts, check_kind, check_shares
 from .engine.alike import classified
 from .engine.parts import plain_linear
 from .engine.proof import check_cut, trial_states
 from .engine.routed import level, never_reached
-from .engine.run import Run, SsahError
+from .engine.run import Run, SsahError, pick_device, pick_dtype
 from .units import CLASSES, Scores, UnitMap, UnitMask
 from .units import check_mask, check_same_model, depth_two, split_units
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,8 +121,10 @@ def classify(
     square_attention: bool = False,  # FLAP's squared attention metric
 ) -> UnitMap:
     "The class of every unit (paper, section 3): SCU, UCU, CU or RU; if unaligned UU or RU."
-    shares = {"scu": scu, "ucu": ucu, "ru": ru} if safety else {"ru": ru}
+    shares = {"ru": ru} if safety is None else {"scu": scu, "ucu": ucu, "ru": ru}
     check_ratios(**shares)
+    for scores in (utility,) if safety is None else (safety, utility):
+        check_kind(scores, Importance, "has no scores; pass the Importance of importance(...)")
     info = classified(safety, utility, shares, ratio_of, square_attention)
     u = utility.standardized(square_attention)
     if safety is None:
@@ -281,11 +283,13 @@ def prune(
 # %% ../nbs/04_classes.ipynb #04-classes-079
 def load_pruned(
     folder: str | Path,  # where a pruned model's save_pretrained wrote
-    dtype: torch.dtype = torch.float32,  # of the weights
+    dtype: str | torch.dtype = "float32",  # of the weights; "auto": bfloat16 on CUDA
+    device: str = "cpu",  # as of `load_model`
 ) -> PreTrainedModel:
     "A model that `prune` made. Raises `SsahError` when the folder holds something else."
-    model = whole_model(folder, "ssah_kept", dtype)
+    where = pick_device(device)
+    model = whole_model(folder, "ssah_kept", pick_dtype(dtype, where))
     modules = depth_two(model)
     kept = kept_units(model.config.ssah_kept, modules, folder)
     cut(model, cut_plan(model, modules, kept))
-    return fill(model, folder)
+    return fill(model, folder).to(where)

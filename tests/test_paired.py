@@ -101,6 +101,22 @@ def test_one_order_of_answers_is_mcnemars():
     assert clustered_p(before, np.stack([before] * 3)) == 1.0
 
 
+@pytest.mark.parametrize("prompts", [1, 2, 3, 10, 40])
+@pytest.mark.parametrize("orders", [1, 2, 5])
+def test_differences_without_spread_are_tested_by_their_signs(prompts, orders):
+    wanted = stats.binomtest(prompts, prompts).pvalue
+    before, after = np.zeros(prompts, bool), np.ones((orders, prompts), bool)
+    assert clustered_p(before, after) == pytest.approx(wanted)
+    for size in (1.0, 0.1, -1e-6, 1e9):  # 0.1 is no sum of halves
+        assert clustered_p(np.zeros(prompts), after * size) == pytest.approx(wanted)
+        assert clustered_p(after * 2 * size, after * size) == pytest.approx(wanted)
+
+
+def test_opposite_differences_without_spread_are_no_difference():
+    assert clustered_p([0.0, 0.0], [[1.0, -1.0], [-1.0, 1.0]]) == 1.0
+    assert clustered_p([False, False], [[True, False], [False, True]]) == 0.5  # both rise
+
+
 def test_no_change_on_few_prompts_is_no_proof():
     same = np.zeros(5, bool)
     found = paired_difference(same, np.zeros((3, 5), bool))

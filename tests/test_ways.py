@@ -14,6 +14,7 @@ from ssah_nb import WAYS
 from ssah_nb.attribution import importance
 from ssah_nb.classes import classify
 from ssah_nb.engine import matched, ways
+from ssah_nb.engine.evaluation import perplexity
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.parts import split_linears
 from ssah_nb.engine.run import SsahError, side_by_side
@@ -140,6 +141,36 @@ def test_training_goes_on_until_the_loss_is_reached_or_says_that_it_never_was(sc
     assert done["epochs"] == 1
     weights = zip(model.state_dict().values(), once.state_dict().values())
     assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_the_perplexity_is_measured_behind_the_system_prompt_of_training(scored, own_way):
+    own_way(trains=lambda case, model: {"finish": lambda model: None})
+    for way in ("full", "mine"):
+        model, done = run_way(scored, way, system="Be brief.", max_response=2)
+        wanted = perplexity(model, scored[0], PAIRS, "Be brief.", 2).value
+        assert done["training_perplexity"] == wanted
+        assert wanted != perplexity(model, scored[0], PAIRS, None, 2).value
+
+
+@pytest.mark.parametrize(
+    "option, instead", [({"epochs": 3}, "max_epochs="), ({"after_step": print}, "ema=")]
+)
+def test_options_of_another_name_are_refused_before_training(scored, option, instead):
+    model = tiny_model()
+    with pytest.raises(SsahError) as error:
+        run_way(scored, "scu_all_cu", model, **option)
+    message = one_line(error)
+    assert next(iter(option)) in message and instead in message
+    assert same_weights(model, tiny_model())
+
+
+def test_a_mask_in_the_place_of_the_map_is_refused(scored):
+    tokenizer, units, safety, utility = scored
+    for wrong in (units.scu, None):
+        with pytest.raises(SsahError, match="has no classes of units; pass the UnitMap"):
+            finetune_protected("full", tiny_model(), tokenizer, PAIRS, wrong, safety, utility)
+        with pytest.raises(SsahError, match="has no classes of units; pass the UnitMap"):
+            frozen_units("scu_all_cu", wrong, safety, utility)
 
 
 def test_controls_have_our_size(scored):

@@ -173,7 +173,8 @@ def whole_model(
         raise SsahError(f"{folder} holds no pruned model; load it with load_model")
     try:
         check_claims(config, MOST_CUT * held + 1_000_000, folder)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with torch.random.fork_rng():  # the caller's random numbers stay as they are
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except SsahError:
         raise
     except Exception as e:  # a configuration that no model can have

@@ -138,9 +138,11 @@ def clustered_p(
     if len(d) == 1 and all(np.asarray(rows).dtype == bool for rows in (before, after)):
         return mcnemar(np.ravel(before), np.ravel(after))[2]
     error, freedom = spread(d, np.ones(d.shape[1]))
-    if not error:
-        return float(not d.any())
-    return float(2 * special.stdtr(freedom, -abs(d.mean()) / error))
+    rounding = 1e-9 * np.abs(d).max()
+    if error > rounding:
+        return float(2 * special.stdtr(freedom, -abs(d.mean()) / error))
+    of_prompts = d.mean(0)
+    return mcnemar(of_prompts > rounding, of_prompts < -rounding)[2]
 
 # %% ../../nbs/engine/paired.ipynb #paired-021
 def holm(

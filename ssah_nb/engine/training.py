@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Masters', 'mixed_precision', 'training_mode', 'gradients_to', 'training_batches', 'rate_share', 'backward_parts',
            'FloatMasters', 'clip', 'Stepper', 'check_loss', 'trained_weights', 'Hooks', 'products_of', 'history_of',
-           'optimize', 'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity']
+           'optimize', 'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity',
+           'options_of_perplexity']
 
 # %% ../../nbs/engine/training.ipynb #training-002
 import math
@@ -314,9 +315,15 @@ def training_perplexity(
     pairs: Iterable[dict],  # what it was trained on
     max_response: int | None = None,  # tokens kept of each response, as in training
     sample: int = 64,  # at least so many pairs are measured, evenly spread
+    system: str | None = None,  # system prompt, as in training
 ) -> float:
     "How well the training pairs were learned: their response perplexity."
     check_counts(sample=sample)
     pairs = as_pairs(pairs)
     measured = pairs[:: max(1, len(pairs) // sample)]
-    return perplexity(model, tokenizer, measured, max_response=max_response).value
+    return perplexity(model, tokenizer, measured, system, max_response).value
+
+# %% ../../nbs/engine/training.ipynb #00697853
+def options_of_perplexity(training: dict) -> dict:  # options of `finetune`
+    "Those that `training_perplexity` takes, too."
+    return {name: training.get(name) for name in ("max_response", "system")}

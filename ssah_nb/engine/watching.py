@@ -113,8 +113,9 @@ def in_order(m: Any, model: nn.Module, name: str) -> Moments:  # name: of what i
         return m.joined()
     if not m.count:
         return m
-    linear = model.get_submodule(name)
-    order = linear.order.argsort() if getattr(linear, "permuted", False) else slice(None)
+    linear, order = model.get_submodule(name), slice(None)
+    if getattr(linear, "permuted", False):
+        order = linear.order.argsort().to(m.mean.device)
     return Moments(m.count, m.mean[order].cpu(), m.m2[order].cpu())
 
 # %% ../../nbs/engine/watching.ipynb #watching-010

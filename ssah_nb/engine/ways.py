@@ -30,7 +30,7 @@ from .forward import context_of
 from .holding import Constrained, HiddenAnchor, InputProjection, SafetyTrigger
 from .inputs import as_pairs
 from .run import SsahError
-from .training import training_perplexity
+from .training import options_of_perplexity, training_perplexity
 
 # %% ../../nbs/engine/ways.ipynb #ways-005
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ def finished(
     if finish is None:
         return {}
     finish(model)
-    longest, target = training.get("max_response"), training.get("target")
-    now = training_perplexity(model, case.tokenizer, case.pairs, longest)
+    asked, target = options_of_perplexity(training), training.get("target")
+    now = training_perplexity(model, case.tokenizer, case.pairs, **asked)
     return {"training_perplexity": now, "reached": target is None or now <= target}
 
 # %% ../../nbs/engine/ways.ipynb #ways-013
