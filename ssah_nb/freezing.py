@@ -15,10 +15,10 @@ from functools import partial
 from .attribution import Importance
 from collections.abc import Callable, Iterable, Iterator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from .units import NO_MAP, Scores, UnitMap, UnitMask, check_mask, depth_two
+from .units import Scores, UnitMap, UnitMask, check_map, check_mask, depth_two
 from .engine.expert_parts import frozen_in_experts
 from .engine.inputs import as_pairs
-from .engine.limits import check_amounts, check_kind, check_seed
+from .engine.limits import check_amounts, check_seed
 from .engine.matched import finetune_until
 from .engine.parts import check_trains, mark, outside
 from .engine.parts import replace, split_all, split_linears
@@ -209,7 +209,7 @@ WAYS |= OTHERS
 def mask_of(case: Case) -> UnitMask:
     "The units that the way of a case freezes; maybe none. Raises `SsahError`."
     way = way_of(case.way)
-    check_kind(case.units, UnitMap, NO_MAP)
+    check_map(case.units)
     mask = way.freezes(case) if way.freezes else case.units.scu - case.units.scu
     if not isinstance(mask, UnitMask):
         raise SsahError(f"freezes of {case.way} gave a {type(mask).__name__}; return a UnitMask")

@@ -11,8 +11,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .engine.alike import check_comparable
-from .engine.limits import check_kind
-from .units import CLASSES, NO_MAP, UnitMap
+from .units import CLASSES, UnitMap, check_map
 from .engine.data import load_splits
 from .engine.models import load_stage, save_model
 from .engine.run import Run
@@ -64,8 +63,7 @@ def transfer(
     """The tables of Fig 9 to 13: [module, before, after, units, share_of_units, share_of_class].
 
     Raises `SsahError` for maps of two models, or maps that were classified in two ways."""
-    for units in (before, after):
-        check_kind(units, UnitMap, NO_MAP)
+    check_map(before, after)
     check_comparable(before, after)
     counts, rows = class_counts(before, after), []
     rows_used, columns_used = (counts["global"].sum(axis) > 0 for axis in (1, 0))
@@ -84,5 +82,4 @@ def lost(
 ) -> float:
     "Share of a class that is in another class afterwards."
     rows = table[(table.module == "global") & (table.before == name)]
-    kept = rows[rows.after == name].share_of_class
-    return 1 - float(kept.sum()) if len(rows) else float("nan")
+    return 1 - float(rows.share_of_class[rows.after == name].sum()) if len(rows) else float("nan")

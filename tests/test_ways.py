@@ -8,39 +8,26 @@ from functools import partial
 import pytest
 import torch
 from helpers import one_line
+from helpers_ways import PAIRS, REFUSALS, run_way, same_weights, scored_units
 from torch import nn
 
 from ssah_nb import WAYS
-from ssah_nb.attribution import importance
-from ssah_nb.classes import classify
 from ssah_nb.engine import matched, ways
 from ssah_nb.engine.evaluation import perplexity
-from ssah_nb.engine.models import tiny_model, tiny_tokenizer
-from ssah_nb.engine.parts import split_linears
+from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.run import SsahError, side_by_side
 from ssah_nb.engine.training import training_perplexity
 from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
-from ssah_nb.freezing import finetune_protected, freeze, frozen_rows_and_columns, frozen_units
+from ssah_nb.freezing import finetune_protected, frozen_rows_and_columns, frozen_units
 
-REFUSALS = [{"prompt": f"Open box {i}", "response": f"I am sorry, not {i}."} for i in range(20)]
 NEEDS_REFUSALS = ["gradient_mask", "replay"]
 NEEDS_REFUSALS += ["anchor_answers", "anchor_slack", "anchor_units", "anchor_hidden"]
 NEEDS_REFUSALS += ["project_inputs", "safety_triggered"]
-PAIRS = [
-    {"prompt": f"Say {word}", "response": word} for word in ("yes", "no", "maybe", "often")
-] * 2
 
 
 @pytest.fixture(scope="module")
 def scored():
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    safety = importance(
-        model,
-        tokenizer,
-        [{"prompt": f"Open {i}", "response": f"Sorry, not box {i}"} for i in range(4)],
-    )
-    utility = importance(model, tokenizer, PAIRS)
-    return tokenizer, classify(safety, utility, scu=0.05, ucu=0.1, ru=0.1), safety, utility
+    return scored_units()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -152,27 +139,6 @@ def test_the_perplexity_is_measured_behind_the_system_prompt_of_training(scored,
         assert wanted != perplexity(model, scored[0], PAIRS, None, 2).value
 
 
-@pytest.mark.parametrize(
-    "option, instead", [({"epochs": 3}, "max_epochs="), ({"after_step": print}, "ema=")]
-)
-def test_options_of_another_name_are_refused_before_training(scored, option, instead):
-    model = tiny_model()
-    with pytest.raises(SsahError) as error:
-        run_way(scored, "scu_all_cu", model, **option)
-    message = one_line(error)
-    assert next(iter(option)) in message and instead in message
-    assert same_weights(model, tiny_model())
-
-
-def test_a_mask_in_the_place_of_the_map_is_refused(scored):
-    tokenizer, units, safety, utility = scored
-    for wrong in (units.scu, None):
-        with pytest.raises(SsahError, match="has no classes of units; pass the UnitMap"):
-            finetune_protected("full", tiny_model(), tokenizer, PAIRS, wrong, safety, utility)
-        with pytest.raises(SsahError, match="has no classes of units; pass the UnitMap"):
-            frozen_units("scu_all_cu", wrong, safety, utility)
-
-
 def test_controls_have_our_size(scored):
     _, units, safety, utility = scored
     free = [way for way in WAYS if way != "gradient_mask"]
@@ -202,83 +168,6 @@ def test_missing_refusals_are_named_before_anything_is_trained(scored, way):
     assert f"{way} needs calibration refusals" in one_line(error)
     before = tiny_model().state_dict()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def run_way(scored, way, model=None, refusals=REFUSALS, **options):
-    "A tiny training in one way."
-    options = {"lr": 1e-2, "batch_size": 2, "refusals": refusals} | options
-    return finetune_protected(way, model or tiny_model(), scored[0], PAIRS, *scored[1:], **options)
-
-
-def same_weights(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
-
-def can_train(model) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in model.named_parameters()}
-
-
-def ordinary(way, scored, model):
-    "Whether a model is as good as a fresh one, whose embeddings are not trained."
-    fresh = tiny_model()
-    fresh.model.embed_tokens.requires_grad_(False)
-    assert can_train(model) == can_train(fresh)
-    training = dict(unaligned=tiny_model(seed=1))
-    models = [run_way(scored, way, m, **training)[0] for m in (model, fresh)]
-    assert can_train(models[0]) == can_train(models[1]) == can_train(model)
-    return same_weights(*models)
-
-
-WRAPPING = ["full", "scu_all_cu", "lora", "safe_lora"]
-
-
-@pytest.mark.parametrize("way", WRAPPING)
-def test_what_could_be_trained_can_be_trained_afterwards(scored, way):
-    if "lora" in way:
-        pytest.importorskip("peft")
-    model = tiny_model()
-    model.model.embed_tokens.requires_grad_(False)
-    before = can_train(model)
-    assert {True, False} == set(before.values())
-    tuned, _ = run_way(scored, way, model, unaligned=tiny_model(seed=1))
-    assert tuned is model and can_train(model) == before
-
-
-def interrupt(losses, pairs):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("way", WRAPPING)
-@pytest.mark.parametrize(
-    "wrong, error",
-    [
-        ({"token_losses": interrupt}, KeyboardInterrupt),
-        ({"token_losses": lambda losses, pairs: losses * float("nan")}, SsahError),
-        ({"target": "low"}, SsahError),
-        ({"no_such_option": 1}, TypeError),
-    ],
-)
-def test_a_training_that_fails_leaves_an_ordinary_model(scored, way, wrong, error):
-    if "lora" in way:
-        pytest.importorskip("peft")
-    model = tiny_model()
-    model.model.embed_tokens.requires_grad_(False)
-    with pytest.raises(error):
-        run_way(scored, way, model, unaligned=tiny_model(seed=1), **wrong)
-    assert list(model.state_dict()) == list(tiny_model().state_dict())
-    assert same_weights(model, tiny_model())
-    assert ordinary(way, scored, model)
-
-
-def test_a_model_that_was_frozen_before_stays_frozen(scored):
-    model, mask = tiny_model(), scored[1].scu
-    names = list(freeze(model, mask).state_dict())
-    parts = [name for name, _ in model.named_parameters()]
-    with pytest.raises(SsahError, match="frozen already; merge"):
-        run_way(scored, "scu_all_cu", model)
-    assert [name for name, _ in model.named_parameters()] == parts
-    run_way(scored, "full", model)
-    assert list(model.state_dict()) == names and split_linears(model)
 
 
 # A way of one's own
