@@ -44,8 +44,8 @@ def budget_masks(
     "RU, and as many random units, for each budget."
     masks = {}
     for budget in budgets:
-        ru = redundant_units(utility, budget)
-        masks |= {f"RU, {budget:.0%}": ru, f"random, {budget:.0%}": ru.random_like(seed)}
+        ru, size = redundant_units(utility, budget), f"{100 * budget:g}%"
+        masks |= {f"RU, {size}": ru, f"random, {size}": ru.random_like(seed)}
     return masks
 
 

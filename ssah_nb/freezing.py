@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['WAYS', 'frozen_rows_and_columns', 'check_freezable', 'outside_units', 'freeze', 'merge', 'scu_and_cu',
            'scu_and_top_cu', 'as_many', 'sn_tune_units', 'safety_layer_units', 'gradient_units', 'sn_tune',
-           'safety_layers', 'mask_of', 'frozen_units', 'train_way', 'shares_of', 'train_case', 'finetune_protected']
+           'safety_layers', 'mask_of', 'frozen_units', 'wrapped', 'train_way', 'shares_of', 'train_case',
+           'finetune_protected']
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-014
 import torch
+from contextlib import contextmanager
 from functools import partial
 from .attribution import Importance
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from .units import Scores, UnitMap, UnitMask, check_mask, depth_two
+from .units import Scores, UnitMap, UnitMask, check_map, check_mask, depth_two
 from .engine.expert_parts import frozen_in_experts
 from .engine.inputs import as_pairs
 from .engine.limits import check_amounts, check_seed
@@ -207,6 +209,7 @@ WAYS |= OTHERS
 def mask_of(case: Case) -> UnitMask:
     "The units that the way of a case freezes; maybe none. Raises `SsahError`."
     way = way_of(case.way)
+    check_map(case.units)
     mask = way.freezes(case) if way.freezes else case.units.scu - case.units.scu
     if not isinstance(mask, UnitMask):
         raise SsahError(f"freezes of {case.way} gave a {type(mask).__name__}; return a UnitMask")
@@ -226,6 +229,27 @@ def frozen_units(
     check_seed(seed)
     return mask_of(Case(way, units, safety, utility, top_cu, seed, **more))
 
+# %% ../nbs/06_freezing.ipynb #7b099a09
+@contextmanager
+def wrapped(case: Case, mask: UnitMask, adapter: dict | None) -> Iterator[PreTrainedModel]:
+    "For `with`: the model with an adapter, or frozen; outside it is an ordinary model again."
+    inside, learned, ours = case.model, False, not split_linears(case.model)
+    trained = {name: p.requires_grad for name, p in case.model.named_parameters()}
+    try:
+        if adapter is not None:
+            inside = with_adapter(case.model, case.seed, adapter)
+        if len(mask):
+            freeze(inside, mask)
+        yield inside
+        learned = True
+    finally:
+        if ours and split_linears(inside):
+            merge(inside)
+        if inside is not case.model:
+            inside.merge_and_unload() if learned else inside.unload()
+        for name, p in case.model.named_parameters():
+            p.requires_grad_(trained.get(name, p.requires_grad))
+
 # %% ../nbs/06_freezing.ipynb #06-freezing-064
 def train_way(case: Case, mask: UnitMask, training: dict) -> tuple[PreTrainedModel, dict]:
     "Adapter or freezing on, training, and off again: an ordinary model, and what was done."
@@ -233,18 +257,11 @@ def train_way(case: Case, mask: UnitMask, training: dict) -> tuple[PreTrainedMod
     reference = held_bytes(changes, model)
     adapter, finish = (changes.pop(name, None) for name in ("adapter", "finish"))
     training = training | {"lr": changes.pop("lr_factor", 1.0) * training["lr"]}
-    if adapter is not None:
-        model = with_adapter(model, case.seed, adapter)
-    if len(mask):
-        freeze(model, mask)
-    for name in changes.keys() & {"before_step", "correct_step"}:
-        changes[name] = partial(changes[name], model)
     changes["extra"] = [*training.pop("extra", ()), *changes.pop("extra", ())]
-    done = finetune_until(model, case.tokenizer, case.pairs, **training, **changes)
-    if len(mask):
-        merge(model)
-    if adapter is not None:
-        model = model.merge_and_unload()
+    with wrapped(case, mask, adapter) as inside:
+        for name in changes.keys() & {"before_step", "correct_step"}:
+            changes[name] = partial(changes[name], inside)
+        done = finetune_until(inside, case.tokenizer, case.pairs, **training, **changes)
     done["reference_mb"] = reference / 1e6
     return model, done | finished(case, model, finish, training)
 

@@ -57,6 +57,8 @@ def prefix_tokens(
     length: int,  # tokens of each
 ) -> dict[str, list[int]]:
     "The first tokens of each prefix. Raises `SsahError` for one that is too short."
+    if not isinstance(prefixes, dict) or not prefixes:
+        raise SsahError("there is no prefix; give at least one as {name: text}")
     tokens = {}
     for name, text in prefixes.items():
         said = [{"prompt": "?", "response": text}]

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .engine.alike import check_comparable
-from .units import CLASSES, UnitMap
+from .units import CLASSES, UnitMap, check_map
 from .engine.data import load_splits
 from .engine.models import load_stage, save_model
 from .engine.run import Run
@@ -63,6 +63,7 @@ def transfer(
     """The tables of Fig 9 to 13: [module, before, after, units, share_of_units, share_of_class].
 
     Raises `SsahError` for maps of two models, or maps that were classified in two ways."""
+    check_map(before, after)
     check_comparable(before, after)
     counts, rows = class_counts(before, after), []
     rows_used, columns_used = (counts["global"].sum(axis) > 0 for axis in (1, 0))
@@ -80,5 +81,5 @@ def lost(
     name: str = "SCU",  # a class before
 ) -> float:
     "Share of a class that is in another class afterwards."
-    kept = table[(table.module == "global") & (table.before == name) & (table.after == name)]
-    return 1 - float(kept.share_of_class.iloc[0]) if len(kept) else float("nan")
+    rows = table[(table.module == "global") & (table.before == name)]
+    return 1 - float(rows.share_of_class[rows.after == name].sum()) if len(rows) else float("nan")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'DepthTwo', 'mlp_units', 'attention_units', 'depth_two', 'unit_parameters', 'unit_linears', 'signature',
-           'check_same_model', 'UnitMask', 'combined', 'same_units', 'random_like', 'Scores', 'UnitMap', 'unit_share',
-           'class_share', 'unit_shares', 'split_units', 'top_cu', 'unit_table', 'unit_map_files', 'unit_map_of',
-           'shown_units', 'check_mask']
+           'check_same_model', 'UnitMask', 'check_is_mask', 'combined', 'same_units', 'random_like', 'Scores',
+           'code_of', 'UnitMap', 'check_map', 'unit_share', 'class_share', 'unit_shares', 'split_units', 'top_cu',
+           'unit_table', 'unit_map_files', 'unit_map_of', 'shown_units', 'check_mask']
 
 # %% ../nbs/01_units.ipynb #01-units-exports
 import pandas as pd
@@ -20,7 +20,7 @@ from .engine.columns import draw_like
 from .engine.experts import expert_units, is_fused, sizes
 from .engine.figures import figure_bytes
 from .engine.hub import Shared, markdown_table
-from .engine.limits import check_seed
+from .engine.limits import check_kind, check_seed, check_shares
 from .engine.proof import architecture, prove
 from .engine.run import SsahError
 from .engine.tensors import check_codes
@@ -160,7 +160,7 @@ class UnitMask:
         return self.combined(other, torch.logical_and)
 
     def __sub__(self, other):
-        return self & ~other
+        return self.combined(other, lambda mine, others: mine & ~others)
 
     def __invert__(self):
         return UnitMask(~self.mlp, ~self.attention, self.model)
@@ -168,9 +168,15 @@ class UnitMask:
     def __len__(self):
         return int(self.mlp.sum() + self.attention.sum())
 
+# %% ../nbs/01_units.ipynb #ee0e0958
+def check_is_mask(mask):  # what should be a `UnitMask`
+    "Raise `SsahError` for another kind of thing."
+    check_kind(mask, UnitMask, "does not choose units; pass a UnitMask such as units.scu")
+
 # %% ../nbs/01_units.ipynb #01-units-combined
 def combined(mask: UnitMask, other: UnitMask, how: Callable) -> UnitMask:  # how: of two tensors
-    "Both masks in one. Raises `SsahError` for masks of two models."
+    "Both masks in one. Raises `SsahError` for masks of two models, or what is no mask."
+    check_is_mask(other)
     same_shape = mask.mlp.shape == other.mlp.shape and mask.attention.shape == other.attention.shape
     if not same_shape or (mask.model and other.model and mask.model != other.model):
         raise SsahError("the two masks belong to different models; combine masks of one model")
@@ -197,7 +203,7 @@ def random_like(
     "A control: as many random channels and heads. Raises `SsahError` when there are too few."
     check_seed(seed)
     everything = mask | ~mask
-    pool = everything if among is None else among & everything
+    pool = everything if among is None else everything & among
     generator = torch.Generator().manual_seed(seed)
     mlp = draw_like(mask.mlp, pool.mlp, generator, per_layer)
     attention = draw_like(mask.attention, pool.attention, generator, per_layer)
@@ -227,6 +233,13 @@ class Scores:
 # safety critical, utility critical, complex, redundant; utility (of an unaligned model)
 CLASSES = ("SCU", "UCU", "CU", "RU", "UU")
 
+
+def code_of(name: str) -> int:  # one of CLASSES
+    "Its number in a unit map. Raises `SsahError` for an unknown class."
+    if name not in CLASSES:
+        raise SsahError(f"unknown class {name!r}; use one of {', '.join(CLASSES)}")
+    return CLASSES.index(name)
+
 # %% ../nbs/01_units.ipynb #01-units-map
 @dataclass(eq=False)
 class UnitMap(Shared):
@@ -244,7 +257,7 @@ class UnitMap(Shared):
 
     def units(self, *names: str) -> UnitMask:  # e.g. "SCU", "CU"
         "The units of these classes."
-        codes = torch.tensor([CLASSES.index(n) for n in names], dtype=torch.uint8)
+        codes = torch.tensor([code_of(name) for name in names], dtype=torch.uint8)
         return UnitMask(isin(self.mlp, codes), isin(self.attention, codes), self.info.get("model"))
 
     scu = property(lambda self: self.units("SCU"), doc="Safety critical units.")
@@ -253,10 +266,16 @@ class UnitMap(Shared):
     ru = property(lambda self: self.units("RU"), doc="Redundant units.")
     uu = property(lambda self: self.units("UU"), doc="Utility units of an unaligned model.")
 
+# %% ../nbs/01_units.ipynb #4d16a672
+def check_map(*maps):  # what should each be a `UnitMap`
+    "Raise `SsahError` for another kind of thing."
+    for units in maps:
+        check_kind(units, UnitMap, "has no classes of units; pass the UnitMap of classify(...)")
+
 # %% ../nbs/01_units.ipynb #01-units-shares
 def unit_share(units: UnitMap, mask: UnitMask) -> dict[str, float]:
     "A mask's share of all units, of all parameters of units, and of all of the model's."
-    size = units.info["parameters"]
+    size, mask = units.info["parameters"], units.units() | mask
     part, whole = (
         float(m.mlp.sum() * size["mlp"] + m.attention.sum() * size["attention"])
         for m in (mask, mask | ~mask)
@@ -301,8 +320,7 @@ def split_units(
 
 def top_cu(units: UnitMap, share: float) -> UnitMask:  # share of *all* units, 0 to 1
     "The CU with the largest Î_S − Î_U (paper, section 4: 'top 6 % CU'), at most all CU."
-    if not 0 <= share <= 1:
-        raise SsahError(f"share={share} is not between 0 and 1; give a share, e.g. 0.06 for 6 %")
+    check_shares(share=share)
     cu, kinds = units.cu, ("mlp", "attention")
     ranked = [getattr(units.order, k).masked_fill(~getattr(cu, k), -torch.inf) for k in kinds]
     score = torch.cat([part.flatten() for part in ranked])
@@ -365,9 +383,7 @@ UnitMap.shown = shown_units
 # %% ../nbs/01_units.ipynb #01-units-check
 def check_mask(mask: UnitMask, model: nn.Module):
     "Raise `SsahError` when the mask is none, or another model's."
-    if not isinstance(mask, UnitMask):
-        kind = type(mask).__name__
-        raise SsahError(f"a {kind} does not choose units; pass a UnitMask such as units.scu")
+    check_is_mask(mask)
     if mask.model:
         check_same_model(mask.model, model)
     for kind, modules in depth_two(model).items():

@@ -113,9 +113,9 @@ def test_a_perplexity_that_is_too_large_for_a_number_is_infinite():
         model.lm_head.weight.mul_(1e4)
     pairs = [{"prompt": "Hi", "response": "Hello"}]
     assert perplexity(model, tokenizer, pairs).value == math.inf
-    assert text_perplexity(model, tokenizer, "one two three").columns("p")["p_high"] == math.inf
+    assert text_perplexity(model, tokenizer, "one two three").columns("p")["p"] == math.inf
     row = safety_report(model, tokenizer, ["Hi"], pairs, max_new_tokens=2, max_perplexity=9.0)
-    assert row["perplexity"] == row["perplexity_low"] == math.inf
+    assert row["perplexity"] == math.inf
     with pytest.raises(SsahError, match="no reference response .* too large for a number"):
         coherence_threshold(model, tokenizer, pairs)
 

@@ -1,11 +1,15 @@
 """Intervals against published values."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from ssah_nb.engine.intervals import Estimate, bootstrap_mean, rate_difference, wilson
+from ssah_nb.engine.intervals import Estimate, bootstrap_mean, exp_of, rate_difference, wilson
+from ssah_nb.engine.paired import paired_difference, within
 from ssah_nb.engine.run import SsahError
+from ssah_nb.report import verdict
 
 
 def test_wilson_against_known_values():
@@ -34,6 +38,19 @@ def test_bootstrap_is_seeded_weighted_and_covers():
     assert bootstrap_mean([10, 1], [5, 1]).value == pytest.approx(11 / 6)
     with pytest.raises(SsahError, match="at least one"):
         bootstrap_mean([])
+
+
+def test_one_item_has_a_mean_and_no_interval():
+    one = exp_of(bootstrap_mean([6.0], [3]))
+    assert (one.value, one.n) == (pytest.approx(math.exp(2)), 1)
+    assert math.isnan(one.low) and math.isnan(one.high)
+    assert verdict(one.low, one.high, "below", 100.0) == "not measured"
+    for after in ([3.0], [[3.0], [3.0], [4.0]]):
+        found = paired_difference([1.0], after)
+        assert found.value == pytest.approx(np.mean(after) - 1)
+        assert within(found.low, found.high, 100.0) == "not measured"
+    yes = paired_difference([False], [True])  # a rate has its own least width
+    assert within(yes.low, yes.high, 0.05) == "open" or yes.low > 0.05
 
 
 def test_estimate_columns():

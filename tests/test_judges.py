@@ -224,3 +224,10 @@ def test_the_named_judges_stand_side_by_side():
     by_list = rates_of("gcg", ["a"] * 3, said, coherent, 120)
     assert by_list["attack_success_rules"] == row["attack_success"]
     assert judged(DEFAULT_JUDGE, ["a"] * 3, said, 1) == [False, True, True]  # no window of its own
+
+
+@pytest.mark.parametrize("response", [None, ["No, sorry"], 3])
+def test_a_response_is_one_text(response):
+    with pytest.raises(SsahError, match="is no response; pass one text") as error:
+        is_refusal(response)
+    assert "\n" not in str(error.value)

@@ -247,6 +247,12 @@ def test_an_unknown_model(name, monkeypatch):
     assert repr(name) in one_line(error)
 
 
+@pytest.mark.parametrize("name", [3, None, ["tiny"]])
+def test_a_name_is_a_text_or_a_path(name):
+    with pytest.raises(SsahError, match="names no model; give a hub id"):
+        load_model(name)
+
+
 def test_unknown_dtype_and_device():
     with pytest.raises(SsahError, match="unknown dtype 'int3'"):
         load_model("tiny", dtype="int3")

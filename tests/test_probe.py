@@ -47,3 +47,9 @@ def test_probe_margin_pairs_queries():
 def test_short_prefix_is_an_error():
     with pytest.raises(SsahError, match="prefix 'x' has 2 tokens, fewer than 10"):
         probe(tiny_model(), tiny_tokenizer(), ["q"], prefixes={"x": "no"})
+
+
+@pytest.mark.parametrize("prefixes", [{}, ["I'm sorry"], None, "I'm sorry"])
+def test_prefixes_are_texts_by_name(prefixes):
+    with pytest.raises(SsahError, match="there is no prefix; give at least one"):
+        probe(tiny_model(), tiny_tokenizer(), ["q"], prefixes=prefixes)

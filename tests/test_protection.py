@@ -181,6 +181,34 @@ def test_a_comparison_that_was_stopped_gives_the_same_rows(run):
         run_cases(run, CASES + CASES[:1], trained, "a", CPU)
 
 
+def diverged(case):
+    "The same, where one way has lost its numbers."
+    found = trained(case)
+    if case.way == "replay":
+        found["done"]["training_perplexity"] = math.inf
+        found["outcomes"]["training_losses"] = [[math.inf, 4]] * 10
+        found["outcomes"]["harmful_margin"][0] = -math.inf
+    return found
+
+
+def test_a_way_that_diverged_is_kept_and_leaves_the_others_their_rows(run):
+    first = run_cases(run, CASES, diverged, "a", CPU)
+    again = run_cases(run, CASES, None, "a", CPU)  # nothing is run anew
+    assert json.dumps(first) == json.dumps(again)
+    assert math.isnan(again[2]["done"]["training_perplexity"])
+    start = kept(Case("aligned", 0))
+    whole = [found | {"fingerprint": ""} for found in again]
+    rows = protection_table(whole, start).set_index("way")
+    fine = protection_table([kept(case) for case in CASES], start).set_index("way")
+    pd.testing.assert_series_equal(rows.loc["full"], fine.loc["full"])
+    assert rows.attack_success["replay"] == fine.attack_success["replay"]
+    for column in ("training_ratio", "training_perplexity", "refusal_margin", "margin_change"):
+        assert math.isnan(rows[column]["replay"])
+    assert rows.perplexity["replay"] == fine.perplexity["replay"]
+    assert rows.utility["replay"] in ("not measured", "fails")
+    assert case_table(whole).training_perplexity.isna().tolist() == [False, False, True, True]
+
+
 def test_the_estimate_counts_what_is_left(run):
     whole = estimate(run, CASES, "a", seconds=120, at_once=2)
     assert whole == "0 of 4 cases are kept; 4 to run, about 4 minutes"

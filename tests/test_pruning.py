@@ -151,10 +151,27 @@ def test_a_pruned_model_is_saved_loaded_and_generates(architecture, tmp_path):
         assert torch.equal(loaded.generate(IDS, do_sample=False), tokens)
         assert loaded.dtype == torch.float32
         assert load_pruned(folder, torch.bfloat16).dtype == torch.bfloat16
+        assert load_pruned(folder, "bfloat16", device="cpu").dtype == torch.bfloat16
+        assert load_pruned(folder, "auto").dtype == torch.float32  # on the CPU
         assert not loaded.training
     with pytest.raises(SsahError, match="it is a pruned model: load it with load_pruned") as error:
         load_model(folder)
     assert "\n" not in str(error.value)
+
+
+def test_loading_a_pruned_model_leaves_the_callers_random_numbers(tmp_path):
+    folder = save_model(prune(tiny_model(), MASKS["random 0"]), TOKENIZER, tmp_path / "small")
+    before = torch.random.get_rng_state()
+    load_pruned(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_unknown_dtype_or_device_of_a_pruned_model_is_named(tmp_path):
+    folder = save_model(prune(tiny_model(), MASKS["random 0"]), TOKENIZER, tmp_path / "small")
+    with pytest.raises(SsahError, match="unknown dtype 'float8'"):
+        load_pruned(folder, "float8")
+    with pytest.raises(SsahError, match="device 'gpu' cannot be used"):
+        load_pruned(folder, device="gpu")
 
 
 def test_what_load_pruned_refuses(tmp_path):

@@ -126,6 +126,11 @@ def test_auto_is_mixed_where_the_cpu_is_faster(monkeypatch, speed, mixed):
     assert pick_mixed("auto", torch.device("cuda")) is False
     assert pick_mixed(True, torch.device("cpu")) is True
     assert pick_mixed(False, torch.device("cpu")) is False
+    assert pick_mixed("auto", "cpu") is mixed
+    assert pick_dtype("auto", "cpu") == torch.float32
+    for pick in (pick_mixed, pick_dtype):
+        with pytest.raises(SsahError, match="device 'gpu' cannot be used"):
+            pick("auto", "gpu")
 
 
 def test_seed_repeats():

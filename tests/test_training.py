@@ -148,6 +148,20 @@ def test_finetune_trains_only_what_requires_grad():
     assert changed == {f"model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
 
 
+def test_gradients_from_before_do_not_join_the_first_step():
+    def tuned(model):
+        finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2)
+        return model
+
+    left = tiny_model()
+    ids = torch.arange(8)[None]
+    (100 * left(input_ids=ids, labels=ids).loss).backward()
+    assert all(p.grad is not None for p in left.parameters())
+    models = zip(tuned(left).parameters(), tuned(tiny_model()).parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in models)
+    assert all(p.grad is None for p in left.parameters())
+
+
 def test_nan_loss_is_an_error():
     model = tiny_model()
     model.lm_head.weight.data[0] = float("nan")

@@ -1,5 +1,7 @@
 """How units change their class."""
 
+import math
+
 import pytest
 import torch
 from helpers import one_line
@@ -30,6 +32,20 @@ def test_transfer_counts_by_module():
     assert cell.loc[("global", "CU", "UCU"), "share_of_class"] == 0.5
     assert lost(table) == 0.5 and lost(table, "RU") == 0
     assert table.groupby("module").units.sum().to_dict() == {"global": 5, "attention": 1, "mlp": 4}
+
+
+def test_a_class_that_nobody_has_afterwards_is_lost():
+    table = transfer(unit_map(["SCU", "SCU", "CU"], ["CU"]), unit_map(["CU", "RU", "CU"], ["CU"]))
+    assert "SCU" not in set(table.after)
+    assert lost(table) == 1 and lost(table, "CU") == 0
+    assert math.isnan(lost(table, "UCU"))  # nobody was in it
+
+
+def test_what_is_no_map_has_no_transfer():
+    units = unit_map(["SCU", "CU"], ["CU"])
+    for pair in ((units.scu, units), (units, units.scu), (None, units)):
+        with pytest.raises(SsahError, match="has no classes of units; pass the UnitMap"):
+            transfer(*pair)
 
 
 def test_transfer_from_an_unaligned_model_has_two_classes_before():

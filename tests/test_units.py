@@ -141,6 +141,36 @@ def test_top_cu():
     assert len(classify(None, made_up(1), ru=0.1).top_cu(0.5)) == 0  # an unaligned model has no CU
 
 
+def test_a_share_is_of_this_models_units():
+    units = classify(made_up(0), made_up(1), 0.02, 0.1, 0.1)
+    assert units.share(units.scu | ~units.scu)["units"] == 1
+    small = UnitMask(torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool))
+    with pytest.raises(SsahError, match="belong to different models"):
+        units.share(small)
+
+
+def test_what_is_no_mask_no_class_or_no_share_is_named():
+    units = classify(made_up(0), made_up(1), 0.02, 0.1, 0.1)
+    mask, no_mask = units.scu, "does not choose units; pass a UnitMask such as units.scu"
+    for call, message in [
+        (lambda: units.units("scu"), "unknown class 'scu'; use one of SCU, UCU, CU, RU, UU"),
+        (lambda: units.units("SCU", 1), "unknown class 1"),
+        (lambda: mask | units, f"UnitMap {no_mask}"),
+        (lambda: mask & None, f"NoneType {no_mask}"),
+        (lambda: mask - units, f"UnitMap {no_mask}"),
+        (lambda: mask.random_like(among=units), f"UnitMap {no_mask}"),
+        (lambda: units.share(units), f"UnitMap {no_mask}"),
+        (lambda: units.share(None), f"NoneType {no_mask}"),
+        (lambda: units.top_cu("6%"), "share='6%' is not between 0 and 1"),
+        (lambda: units.top_cu(None), "share=None is not between 0 and 1"),
+        (lambda: classify(made_up(0), None), "NoneType has no scores; pass the Importance"),
+        (lambda: classify(units, made_up(0)), "UnitMap has no scores; pass the Importance"),
+    ]:
+        with pytest.raises(SsahError) as error:
+            call()
+        assert message in one_line(error)
+
+
 def test_save_and_load(tmp_path):
     units = classify(made_up(0), made_up(1), 0.02, 0.1, 0.1)
     units.save_pretrained(tmp_path / "a" / "units")

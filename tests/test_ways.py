@@ -8,37 +8,26 @@ from functools import partial
 import pytest
 import torch
 from helpers import one_line
+from helpers_ways import PAIRS, REFUSALS, run_way, same_weights, scored_units
 from torch import nn
 
 from ssah_nb import WAYS
-from ssah_nb.attribution import importance
-from ssah_nb.classes import classify
 from ssah_nb.engine import matched, ways
-from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+from ssah_nb.engine.evaluation import perplexity
+from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.run import SsahError, side_by_side
 from ssah_nb.engine.training import finetune, training_perplexity
 from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
 from ssah_nb.freezing import finetune_protected, frozen_rows_and_columns, frozen_units
 
-REFUSALS = [{"prompt": f"Open box {i}", "response": f"I am sorry, not {i}."} for i in range(20)]
 NEEDS_REFUSALS = ["gradient_mask", "replay"]
 NEEDS_REFUSALS += ["anchor_answers", "anchor_slack", "anchor_units", "anchor_hidden"]
 NEEDS_REFUSALS += ["project_inputs", "safety_triggered"]
-PAIRS = [
-    {"prompt": f"Say {word}", "response": word} for word in ("yes", "no", "maybe", "often")
-] * 2
 
 
 @pytest.fixture(scope="module")
 def scored():
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    safety = importance(
-        model,
-        tokenizer,
-        [{"prompt": f"Open {i}", "response": f"Sorry, not box {i}"} for i in range(4)],
-    )
-    utility = importance(model, tokenizer, PAIRS)
-    return tokenizer, classify(safety, utility, scu=0.05, ucu=0.1, ru=0.1), safety, utility
+    return scored_units()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -164,6 +153,15 @@ def test_training_goes_on_until_the_loss_is_reached_or_says_that_it_never_was(sc
     assert all(torch.equal(a, b) for a, b in weights)
 
 
+def test_the_perplexity_is_measured_behind_the_system_prompt_of_training(scored, own_way):
+    own_way(trains=lambda case, model: {"finish": lambda model: None})
+    for way in ("full", "mine"):
+        model, done = run_way(scored, way, system="Be brief.", max_response=2)
+        wanted = perplexity(model, scored[0], PAIRS, "Be brief.", 2).value
+        assert done["training_perplexity"] == wanted
+        assert wanted != perplexity(model, scored[0], PAIRS, None, 2).value
+
+
 def test_controls_have_our_size(scored):
     _, units, safety, utility = scored
     free = [way for way in WAYS if way != "gradient_mask"]
@@ -193,16 +191,6 @@ def test_missing_refusals_are_named_before_anything_is_trained(scored, way):
     assert f"{way} needs calibration refusals" in one_line(error)
     before = tiny_model().state_dict()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def run_way(scored, way, model=None, refusals=REFUSALS, **options):
-    "A tiny training in one way."
-    options = {"lr": 1e-2, "batch_size": 2, "refusals": refusals} | options
-    return finetune_protected(way, model or tiny_model(), scored[0], PAIRS, *scored[1:], **options)
-
-
-def same_weights(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 # A way of one's own

@@ -90,6 +90,8 @@ def bootstrap_mean(
     totals, counts = items_of(totals, counts)
     picks = np.random.default_rng(seed).integers(totals.size, size=(draws, totals.size))
     low, high = np.quantile(totals[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
+    if totals.size == 1:
+        low = high = math.nan
     return Estimate(float(totals.sum() / counts.sum()), float(low), float(high), totals.size)
 
 # %% ../../nbs/engine/intervals.ipynb #intervals-exp-1

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .inputs import as_text, as_verdicts, at_least_one
 from .refusal import refusal_idea
+from .limits import check_kind
 from .run import SsahError
 
 # %% ../../nbs/engine/judges.ipynb #judges-005
@@ -125,4 +126,5 @@ def is_refusal(
     window: int | None = 120,  # characters in which phrases are sought; None: all
 ) -> bool:
     "Does the response decline the request? Raises `SsahError` for an unknown name."
+    check_kind(response, str, "is no response; pass one text, e.g. one answer of generate(...)")
     return not judged(keywords, [""], [response], window)[0]

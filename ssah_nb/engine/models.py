@@ -36,7 +36,7 @@ from .opening import is_there, read_json
 
 # %% ../../nbs/engine/models.ipynb #cf7f030c
 from .run import Run, SsahError, pick_device, pick_dtype, pick_mixed, progress_shown
-from .limits import check_seed
+from .limits import check_kind, check_seed
 from .wheels import wheel_member
 
 # %% ../../nbs/engine/models.ipynb #models-004
@@ -248,6 +248,7 @@ def load_model(
     revision: str | None = None,  # revision of a hub model
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A chat model in evaluation mode, and its tokenizer. Raises `SsahError` for a broken model."
+    check_kind(name, str | Path, "names no model; give a hub id, a folder or a .gguf file")
     hush()
     spread = device == "spread"
     where = pick_device("auto" if spread else device)

@@ -115,6 +115,8 @@ def paired_difference(
     if all(np.asarray(rows).dtype == bool for rows in (before, after)):
         least = wilson(0, d.shape[1]).high
         low, high = max(-1.0, min(low, value - least)), min(1.0, max(high, value + least))
+    elif d.shape[1] == 1:
+        return Estimate(float(value), math.nan, math.nan, 1)
     return Estimate(float(value), float(min(low, value)), float(max(high, value)), d.shape[1])
 
 # %% ../../nbs/engine/paired.ipynb #paired-015

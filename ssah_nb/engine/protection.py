@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['OPENING', 'PREFILLED', 'CONDITIONS', 'Asked', 'unused_prompts', 'even_sample', 'asked_of', 'first_words', 'Judging',
            'answered', 'losses_of', 'margins_of', 'prefilled_answers', 'save_said', 'outcomes_of', 'Case',
-           'fingerprint', 'kept_case', 'give_back_memory', 'run_cases', 'estimate', 'Condition', 'poison_size',
-           'harmful_pairs', 'training_pairs']
+           'fingerprint', 'without', 'numbers_of', 'kept_case', 'give_back_memory', 'run_cases', 'estimate',
+           'Condition', 'poison_size', 'harmful_pairs', 'training_pairs']
 
 # %% ../../nbs/engine/protection.ipynb #protection-002
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -206,6 +207,22 @@ def fingerprint(*what) -> str:  # numbers, texts, lists and dicts of them
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+# %% ../../nbs/engine/protection.ipynb #5fe1dff9
+def without(value: Any, gap: float | None) -> Any:  # gap: None in a file, NaN in memory
+    "The same, with a gap in the place of each null and of each number that is not finite."
+    if isinstance(value, dict):
+        return {name: without(part, gap) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without(part, gap) for part in value]
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    return gap if value is None or infinite else value
+
+
+def numbers_of(found: dict) -> dict:  # a case, as it was made or as it is kept
+    "The case with NaN for each number that is missing."
+    parts = found.keys() & {"done", "outcomes"}
+    return found | {part: without(found[part], math.nan) for part in parts}
+
 # %% ../../nbs/engine/protection.ipynb #protection-016
 def kept_case(run: Run, case: Case, print_of: str) -> dict | None:  # print_of: its fingerprint
     "What an earlier run kept of a case; None when it has to be run."
@@ -214,9 +231,9 @@ def kept_case(run: Run, case: Case, print_of: str) -> dict | None:  # print_of: 
         return None
     try:
         kept = read_json(path)
-    except SsahError:  # it was cut, or holds the infinite loss of a training that diverged
+    except SsahError:  # it was cut
         return None
-    return kept if kept.get("fingerprint") == print_of else None
+    return numbers_of(kept) if kept.get("fingerprint") == print_of else None
 
 # %% ../../nbs/engine/protection.ipynb #protection-mem1
 def give_back_memory():
@@ -241,8 +258,8 @@ def run_cases(
         found = {"case": asdict(case), "fingerprint": print_of} | work(case)
         give_back_memory()
         path = run.path("protection", f"{case.name}.json")
-        write_atomic(path, json.dumps(found).encode())
-        return found
+        write_atomic(path, json.dumps(without(found, None), allow_nan=False).encode())
+        return numbers_of(found)
 
     names = [case.name for case in cases]
     if len(set(names)) < len(names):

@@ -65,7 +65,8 @@ def in_words(
         while number and not round(number, shown) and shown < digits + 3:
             shown += 1  # −0.2, not −0
         texts.append(f"{number:{sign}.{shown}f}".replace("-", "−"))
-    return f"{texts[0]}{UNIT_WORDS[unit]} ({texts[1]} to {texts[2]})"
+    ends = f"{texts[1]} to {texts[2]}" if low == low else "no interval"
+    return f"{texts[0]}{UNIT_WORDS[unit]} ({ends})"
 
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-010
 COLOUR_OF = {"holds": "#009E73", "open": "#555555", "fails": "#D55E00"}
