@@ -144,14 +144,6 @@ def trained(case):
     return {"done": done | {"reference_mb": 0.5 * (case.way != "full")}, "outcomes": outcomes}
 
 
-def test_a_case_that_diverged_is_run_again_and_blocks_nothing(run):
-    one = Case("full", 1)
-    for loss in (float("inf"), 2.0):
-        row = {"done": {"training_perplexity": loss}, "outcomes": {}}
-        run_cases(run, [one], lambda case, row=row: row, "a", CPU)
-    assert kept_case(run, one, "a")["done"]["training_perplexity"] == 2.0
-
-
 def test_a_comparison_that_was_stopped_gives_the_same_rows(run):
     whole, calls = run_cases(run, CASES, trained, "a", CPU), []
     for path in run.path("protection", "x").parent.glob("*-2.json"):

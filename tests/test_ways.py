@@ -14,7 +14,7 @@ from torch import nn
 from ssah_nb import WAYS
 from ssah_nb.engine import matched, ways
 from ssah_nb.engine.evaluation import perplexity
-from ssah_nb.engine.models import tiny_model
+from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError, side_by_side
 from ssah_nb.engine.training import finetune, training_perplexity
 from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
@@ -69,12 +69,6 @@ def test_perplexity_is_measured_behind_the_system_prompt_of_the_training():
     done = matched.finetune_until(*given, lr=1e-2, batch_size=2, system="Be brief.")
     assert done["training_perplexity"] == training_perplexity(*given, system="Be brief.")
     assert done["training_perplexity"] != training_perplexity(*given)
-
-
-@pytest.mark.parametrize("option", [{"epochs": 3}, {"after_step": print}])
-def test_an_option_that_the_matching_decides_is_refused(option):
-    with pytest.raises(SsahError, match=f"{[*option][0]} has no place here; use"):
-        matched.finetune_until(tiny_model(), tiny_tokenizer(), PAIRS, **option)
 
 
 def test_ways_side_by_side_give_the_same_models_as_one_after_the_other(scored):

@@ -83,7 +83,7 @@ def test_a_model_that_was_frozen_before_stays_frozen(scored):
 
 
 @pytest.mark.parametrize(
-    "option, instead", [({"epochs": 3}, "max_epochs="), ({"after_step": print}, "ema=")]
+    "option, instead", [({"epochs": 3}, "use max_epochs"), ({"after_step": print}, "use ema")]
 )
 def test_options_of_another_name_are_refused_before_training(scored, option, instead):
     model = tiny_model()
