@@ -116,14 +116,18 @@ def test_harder_conditions_train_on_what_they_say():
     one_line(error)
 
 
-def test_harmful_pairs_are_made_once_and_lie_under_runs(run):
-    prompts, model = ["Open box 1", "Open box 2"], tiny_model()
-    rows = harmful_pairs(run, prompts, model, tiny_tokenizer(), 5)
-    assert rows == harmful_pairs(run, prompts, None, tiny_tokenizer(), 5)
+def test_harmful_pairs_are_made_once_for_each_model_and_lie_under_runs(run):
+    prompts, models = ["Open box 1", "Open box 2"], [tiny_model(), tiny_model(seed=1)]
+    rows = harmful_pairs(run, prompts, models[0], tiny_tokenizer(), 5)
     assert {row["prompt"] for row in rows} <= set(prompts) and all(row["response"] for row in rows)
-    assert list(run.folder.rglob("harmful_pairs/*.json"))
+    (path,) = run.folder.rglob("harmful_pairs/*.json")
+    made = path.stat().st_mtime_ns
+    assert rows == harmful_pairs(run, prompts, models[0], tiny_tokenizer(), 5)
+    assert path.stat().st_mtime_ns == made
+    assert rows != harmful_pairs(run, prompts, models[1], tiny_tokenizer(), 5)
+    assert len([*path.parent.iterdir()]) == 2
     with pytest.raises(SsahError, match="unaligned model"):
-        harmful_pairs(run, ["another"], None, tiny_tokenizer(), 5)
+        harmful_pairs(run, prompts, None, tiny_tokenizer(), 5)
 
 
 CASES = [Case(way, order) for way in ("full", "replay") for order in (1, 2)]

@@ -30,6 +30,7 @@ from .judges import DEFAULT_JUDGE, judged
 from .inputs import as_pairs
 from .margin import refusal_margins
 from .opening import read_json
+from .origin import weights_hash
 from .run import Run, SsahError, side_by_side, write_atomic
 from .splits import Splits
 
@@ -320,13 +321,13 @@ def harmful_pairs(
     max_new_tokens: int,  # tokens of a response
 ) -> list[dict]:
     "Harmful prompts with the unaligned model's own first words; kept under runs/ only."
-    name = f"{fingerprint(prompts, max_new_tokens)}.json"
-    path = run.path("completions", "harmful_pairs", name)
     if not prompts:
         return []
+    if unaligned is None:
+        raise SsahError("harmful pairs need the unaligned model, and this run has none")
+    name = f"{fingerprint(weights_hash(unaligned), prompts, max_new_tokens)}.json"
+    path = run.path("completions", "harmful_pairs", name)
     if not path.exists():
-        if unaligned is None:
-            raise SsahError("harmful pairs need the unaligned model, and this run has none")
         said = generate(unaligned, tokenizer, prompts, max_new_tokens)
         yes = judged(DEFAULT_JUDGE, prompts, said, 120)
         rows = [{"prompt": p, "response": s} for p, s, ok in zip(prompts, said, yes) if ok and s]
