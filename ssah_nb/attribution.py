@@ -168,7 +168,10 @@ def load_scores(
     "Importances of this run. A chapter that is opened alone makes what is missing."
     folders = {name: run.path("importance", name) for name in names}
     missing = [name for name in names if not folders[name].exists()]
-    for stage in ("aligned", "unaligned") if missing and can_make(run, folders[missing[0]]) else ():
-        if wanted := [n.removeprefix(f"{stage}_") for n in missing if n.startswith(f"{stage}_")]:
-            make_scores(run, model, tokenizer, stage, wanted)
+    if missing and can_make(run, folders[missing[0]]):
+        for stage in ("aligned", "unaligned"):
+            named = [name for name in missing if name.startswith(f"{stage}_")]
+            wanted = [name.removeprefix(f"{stage}_") for name in named]
+            if wanted:
+                make_scores(run, model, tokenizer, stage, wanted)
     return [Importance.load(folder) for folder in folders.values()]

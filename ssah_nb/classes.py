@@ -137,12 +137,13 @@ def classify(
         return as_map(u, "UU", {"RU": top_units(-u, ru, info, ratio_of)}, info)
     check_same_scoring(safety, utility)
     s, u = levelled(safety, utility, square_attention)
-    first = top_units(s - u, scu, info, ratio_of)
-    ranked = {"RU": (-(s + u), ru), "UCU": (behind(u - s, first), ucu)}  # a tie is no overlap
-    classes = {name: top_units(*r, info, ratio_of) for name, r in ranked.items()} | {"SCU": first}
-    if len(classes["UCU"] & first):
+
+    guards = top_units(s - u, scu, info, ratio_of)
+    helpers = top_units(behind(u - s, guards), ucu, info, ratio_of)  # a tie is no overlap
+    giants = top_units(-(s + u), ru, info, ratio_of)
+    if len(helpers & guards):
         raise SsahError(f"the ratios scu={scu} and ucu={ucu} overlap; lower one of them")
-    return as_map(s - u, "CU", classes, info)
+    return as_map(s - u, "CU", {"RU": giants, "UCU": helpers, "SCU": guards}, info)
 
 # %% ../nbs/04_classes.ipynb #04-classes-037
 def chosen_channels(
