@@ -158,7 +158,7 @@ def make_scores(run: Run, model: PreTrainedModel | None, tokenizer, stage: str, 
     for name, scores in scored.items():
         scores.save(run.path("importance", f"{stage}_{name}"))
 
-
+# %% ../nbs/03_attribution.ipynb #03-attribution-073c
 def load_scores(
     run: Run,  # the run
     model: PreTrainedModel | None = None,  # the aligned model, where it is loaded already
