@@ -1,6 +1,7 @@
 """Seeds, devices, files, parameters and the manifest."""
 
 import json
+import re
 import threading
 
 import pandas as pd
@@ -131,6 +132,33 @@ def test_auto_is_mixed_where_the_cpu_is_faster(monkeypatch, speed, mixed):
     for pick in (pick_mixed, pick_dtype):
         with pytest.raises(SsahError, match="device 'gpu' cannot be used"):
             pick("auto", "gpu")
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "two", "1.5"])
+def test_a_wrong_number_at_once_is_one_error(monkeypatch, said):
+    monkeypatch.setenv("SSAH_AT_ONCE", said)
+    where = rf"SSAH_AT_ONCE='?{re.escape(said)}'? is not usable; give a whole number"
+    with pytest.raises(SsahError, match=where):
+        side_by_side(str, range(2), torch.device("cpu"))
+    with pytest.raises(SsahError, match="at_once=-3 is not usable"):
+        side_by_side(str, range(2), torch.device("cpu"), at_once=-3)
+    monkeypatch.setenv("SSAH_AT_ONCE", "")  # as one that is not there
+    assert side_by_side(str, range(2), torch.device("cpu")) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("seed=2", "give JSON such as"),
+        ("[1]", "give JSON such as"),
+        ('{"04_classes": 3}', "give JSON such as"),
+        ('{"04_classes": {"sed": 2}}', "04_classes has no parameter sed"),
+    ],
+)
+def test_wrong_parameters_from_the_environment_are_one_error(run, monkeypatch, said, words):
+    monkeypatch.setenv("SSAH_PARAMETERS", said)
+    with pytest.raises(SsahError, match=f"SSAH_PARAMETERS.*{words}"):
+        begin("04_classes", {"profile": "test", "seed": 1})
 
 
 def test_seed_repeats():
