@@ -122,6 +122,21 @@ def test_a_chapter_runs_with_the_machine_of_its_profile(longer, project):
     assert (project / "runs/01_units.csv").read_text() == "seed,device,mixed\n7,cpu,True\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("extends: smoke\n01_units: {seed: 7}\n01_units: {seed: 8}\n", "line 3 gives '01_units'"),
+        ("extends: smoke\n01_units:\n  seed: 7\n  seconds: 0\n  seed: 8\n", "line 5 gives 'seed'"),
+        ("machine: {mixed: true, mixed: false}\n", "line 1 gives 'mixed'"),
+    ],
+)
+def test_a_name_that_a_profile_gives_twice_is_refused(longer, project, text, where):
+    settings = project / "workflow/profiles/longer/parameters.yaml"
+    settings.write_text(text)
+    with pytest.raises(run_chapter.ProfileError, match=f"parameters.yaml.*: {where} a second time"):
+        run_chapter.read_profile(longer)
+
+
 def test_a_profile_can_ask_for_every_device_that_a_model_can_have(longer, project):
     settings = project / "workflow/profiles/longer/parameters.yaml"
     for device in ("auto", "cpu", "cuda", "cuda:1", "spread"):
