@@ -3,12 +3,15 @@
 import json
 import re
 import threading
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
 from ssah_nb.engine import run as run_module
+from ssah_nb.engine.drawings.anchoring import LABELS
+from ssah_nb.engine.limits import WORDS
 from ssah_nb.engine.run import (
     Run,
     SsahError,
@@ -22,6 +25,8 @@ from ssah_nb.engine.run import (
     side_by_side,
     write_atomic,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -159,6 +164,27 @@ def test_wrong_parameters_from_the_environment_are_one_error(run, monkeypatch, s
     monkeypatch.setenv("SSAH_PARAMETERS", said)
     with pytest.raises(SsahError, match=f"SSAH_PARAMETERS.*{words}"):
         begin("04_classes", {"profile": "test", "seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "words"),
+    [
+        ("controls", ["random", "randon"], "controls cannot be 'randon'; .*largest norm"),
+        ("controls", "random", "controls='random' is no list"),
+        ("held", {"full": [1], "scus": [1]}, "held cannot be 'scus'; .*scu_top_cu"),
+    ],
+)
+def test_a_word_that_no_chapter_knows_is_refused_at_its_start(run, parameter, value, words):
+    with pytest.raises(SsahError, match=words):
+        begin("04_classes", {"profile": "test", "seed": 1, parameter: value})
+
+
+def test_the_words_are_those_of_the_chapters():
+    assert set(WORDS["held"]) | {"aligned"} == set(LABELS)
+    source = (ROOT / "nbs/04_classes.ipynb").read_text()
+    (control,) = re.findall(r"def control\(name.*?return like.*?\n", source, re.S)
+    named = set(re.findall(r'name == \\"(.*?)\\"', control))
+    assert set(WORDS["controls"]) == {"random"} | named
 
 
 def test_seed_repeats():

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from .files import SsahError, write_atomic, write_together
 from .opening import parse_json, read_json, read_table
 from .figures import figure_bytes, readable, set_style, table_figure
-from .limits import check_counts, check_seed
+from .limits import check_counts, check_seed, check_words
 
 # %% ../../nbs/engine/run.ipynb #da3d1ef2
 if TYPE_CHECKING:
@@ -291,6 +291,7 @@ def begin(
         and name not in skipped
         and not name.isupper()  # constants that were imported
     }
+    check_words(**parameters)
     return Run(names["profile"], chapter, **parameters)
 
 # %% ../../nbs/engine/run.ipynb #run-027
