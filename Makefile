@@ -37,14 +37,15 @@ SNAKEMAKE = stopped=; trap stopped=1 INT; SSAH_MAKE=$$PPID $(BIN)/snakemake \
     --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
 FINISHED = ; status=$$?; test -z "$$stopped" || exit 0; test $$status = 0 || exit $$status; \
     echo "finished: notebooks in runs/$$run/notebooks, figures and tables in figures/$$run"
+WITH_CONFIG = config=$$($(BIN)/python workflow/run_config.py $(PROFILE) "$$run") || exit 2; \
+    $(SNAKEMAKE) --config $$config$(FINISHED)
 
 reproduce: known-profile $(READY)
 ifeq ($(MODEL)$(NAME)$(ALIGNED),)
-	@run=$(PROFILE); $(SNAKEMAKE)$(FINISHED)
+	@run=$(PROFILE); $(WITH_CONFIG)
 else
 	@$(BIN)/python workflow/users_model.py check $(USERS_MODEL)
-	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)); $(SNAKEMAKE) \
-	    --config $$($(BIN)/python workflow/users_model.py config $(USERS_MODEL))$(FINISHED)
+	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)); $(WITH_CONFIG)
 endif
 
 help:

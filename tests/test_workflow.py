@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import drill
 import nbformat
 import pytest
 import run_chapter
@@ -180,6 +181,34 @@ def test_every_profile_names_parameters_that_the_chapters_have(profile, monkeypa
     assert all(values["profile"] == profile for values in parameters.values() if values)
     known = {"SSAH_DEVICE", "SSAH_DTYPE", "SSAH_MIXED", "SSAH_AT_ONCE"}
     assert set(run_chapter.machine(profile)) <= known
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_can_be_copied(profile, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
+    (tmp_path / "nbs").symlink_to(ROOT / "nbs")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("workflow/profiles")
+    shutil.copytree(folder / profile, folder / "mine")
+    original, copied = (run_chapter.profile_parameters(name) for name in (profile, "mine"))
+    for chapter, values in original.items():
+        assert copied[chapter] == values | ({"profile": "mine"} if values else {})
+
+
+def test_make_runs_a_copied_profile_under_its_own_name(project):
+    folder = project / "workflow/profiles"
+    shutil.copytree(folder / "smoke", folder / "mine")
+    (folder / "mine/parameters.yaml").write_text("extends: smoke\n01_units: {seed: 7}\n")
+    (project / PARAMETERS).write_text("last: 01_units\ncommon: {seed: 0}\n")
+    for name in drill.COPIED_FILES:
+        shutil.copy(ROOT / name, project)
+    drill.link_environment(project)
+    result = run(["make", "reproduce", "PROFILE=mine"], project)
+    assert result.returncode == 0, result.stdout
+    assert (project / "runs/mine/notebooks/01_units.ipynb").exists()
+    assert not (project / "runs/smoke").exists()
+    assert (project / "runs/01_units.csv").read_text().startswith("seed,device,mixed\n7,")
+    assert "finished: notebooks in runs/mine/notebooks" in result.stdout
 
 
 def tables(folder: Path, value: int) -> None:
