@@ -149,7 +149,8 @@ def rows_of(page: str, heading: str) -> list[str]:
     "The first column of the table under a heading, without the marks of code."
     cells = nbformat.read(ROOT / page, as_version=4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    rows = re.findall(r"^\| (`.*?) \|", text.partition(f"## {heading}\n")[2].split("\n## ")[0], re.M)
+    section = text.partition(f"## {heading}\n")[2].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.M)
     return [row.replace("`", "") for row in rows]
 
 

@@ -186,7 +186,7 @@ class PlainYaml(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
-
+# %% ../../nbs/engine/opening.ipynb #7d41b0c3
 def parse_yaml(text: str) -> Any:
     "What the text says, of plain types. Raises ValueError."
     if len(text) > MOST["yaml"]:
