@@ -3,8 +3,8 @@
 #   MODEL=model       on a model of yours: a hub id, a folder or a .gguf file; its run is called
 #                     PROFILE-model (NAME=... to change that). A model that refuses at least half of
 #                     the attacks is taken as aligned (ALIGNED=yes or no to decide it).
-# make test           lint, types and all tests
-# make coverage       all tests, and how much of the library they reach: docs/coverage.csv
+# make test           lint, types and the tests, but for those of a browser, of installing and of Slurm
+# make coverage       the same tests, and how much of the library they reach: docs/coverage.csv
 # make docs           the site, in docs/_build/html
 # make drill          kill runs of the smoke profile at random moments, in a copy of this checkout
 # make verify         the figures against their manifests, and what is behind each
@@ -29,7 +29,7 @@ BIN = .venv/bin
 USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
 
-.PHONY: reproduce test lint types coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run
+.PHONY: reproduce test lint types coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run help
 
 # Ctrl-C reaches make, this shell and snakemake. The chapter says its line; the shell then says
 # nothing, so that make ends as interrupted, without a line of its own.
@@ -37,15 +37,19 @@ SNAKEMAKE = stopped=; trap stopped=1 INT; SSAH_MAKE=$$PPID $(BIN)/snakemake \
     --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
 FINISHED = ; status=$$?; test -z "$$stopped" || exit 0; test $$status = 0 || exit $$status; \
     echo "finished: notebooks in runs/$$run/notebooks, figures and tables in figures/$$run"
+WITH_CONFIG = config=$$($(BIN)/python workflow/run_config.py $(PROFILE) "$$run") || exit 2; \
+    $(SNAKEMAKE) --config $$config$(FINISHED)
 
 reproduce: known-profile $(READY)
 ifeq ($(MODEL)$(NAME)$(ALIGNED),)
-	@run=$(PROFILE); $(SNAKEMAKE)$(FINISHED)
+	@run=$(PROFILE); $(WITH_CONFIG)
 else
 	@$(BIN)/python workflow/users_model.py check $(USERS_MODEL)
-	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)); $(SNAKEMAKE) \
-	    --config $$($(BIN)/python workflow/users_model.py config $(USERS_MODEL))$(FINISHED)
+	@run=$$($(BIN)/python workflow/users_model.py name $(USERS_MODEL)); $(WITH_CONFIG)
 endif
+
+help:
+	@sed -n -e '/^#/!q' -e 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 test: lint types
 	@exec $(BIN)/python -m pytest --durations=10

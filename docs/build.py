@@ -54,13 +54,6 @@ def write_notebook(path: Path, target: Path, folded: bool) -> None:
     nbformat.write(notebook, target)
 
 
-def title_and_claim(path: Path) -> tuple[str, str]:
-    """The H1 of a notebook and its `>` line."""
-    lines = nbformat.read(path, as_version=4).cells[0].source.splitlines()
-    claim = " ".join(line.lstrip("> ") for line in lines if line.startswith(">"))
-    return lines[0].lstrip("# "), claim
-
-
 def write_notebooks() -> tuple[list[Path], list[Path]]:
     """All chapters and engine pages; their paths in nbs/."""
     nbs = ROOT / "nbs"

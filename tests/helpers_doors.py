@@ -133,6 +133,7 @@ PAIRS = {
         number="seeds: [{value: 0x" + "f" * 5000 + "}]\n",
         surrogate='seeds: [{value: "\\ud800"}]\n',
         date="seeds: [{value: 2001-99-99}]\n",
+        twice="seeds: [{value: a}]\nseeds: [{value: b}]\n",
         long="seeds: [" + "a, " * 600_000 + "]\n",
     ),
 }
@@ -218,6 +219,7 @@ PROFILES = Door(
         "code": settings("a: !!python/object/apply:os.mkdir [ran]\n"),
         "a date": settings("a: 2001-99-99\n"),
         "names": settings("1: {a: b}\n~: 3\n"),
+        "a name twice": settings("machine: {device: cpu}\nmachine: {mixed: true}\n"),
         "large": settings("a: [" + "x, " * 600_000 + "]\n"),
     },
     ProfileError,

@@ -29,6 +29,15 @@ def test_a_number_is_an_answer(answer, text, tmp_path):
     assert load_pairs("gsm8k", path=path) == [{"prompt": "1-1?", "response": text}]
 
 
+def test_a_name_that_a_yaml_file_gives_twice_is_refused_with_its_line(tmp_path):
+    path = write(tmp_path / "rows.prompt", "seeds:\n- value: Hi\nseeds:\n- value: Hello\n")
+    with pytest.raises(SsahError, match="rows.prompt.*line 3 gives 'seeds' a second time") as error:
+        load_pairs("advbench", path=path)
+    one_line(error)
+    path.write_text("seeds:\n- value: Hi\n- value: Hello\n")
+    assert [pair["prompt"] for pair in load_pairs("advbench", path=path)] == ["Hi", "Hello"]
+
+
 @pytest.mark.parametrize(
     "row",
     [PAIR, SHARED, {"messages": CHAT}, {"id": 1, "messages": CHAT, "prompt": "Hi"}],

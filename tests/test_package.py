@@ -4,9 +4,11 @@ import ast
 import re
 import subprocess
 import sys
-from importlib import import_module
+import tomllib
+from importlib import import_module, metadata
 from pathlib import Path
 
+import nbformat
 import pytest
 
 import ssah_nb
@@ -111,3 +113,65 @@ def test_who_follows_the_readme_gets_types_and_no_complaint(tmp_path):
     assert len(told) == 2, result.stdout + result.stderr
     assert '"UnitMap" has no attribute "nothing"' in told[0]
     assert 'expected "UnitMask"' in told[1]
+
+
+# what is installed
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+NEEDS = {  # folder -> the extras with which it is used, beside the dependencies
+    "ssah_nb": ("run", "train"),
+    "nbs": ("run", "train"),
+    "workflow": ("run", "test", "dev"),
+    "docs": ("docs", "test"),
+    "benchmarks": ("run",),
+    "tests": ("run", "train", "test"),
+}
+
+
+def distribution(name: str) -> str:
+    "How an index compares the names of distributions; of a requirement, its name."
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name).group()).lower()
+
+
+def code_below(folder: Path) -> list[str]:
+    "The sources of modules, scripts and code cells."
+    pages = [nbformat.read(path, as_version=4) for path in folder.rglob("*.ipynb")]
+    cells = [cell.source for page in pages for cell in page.cells if cell.cell_type == "code"]
+    files = [path for path in folder.rglob("*.py") if "_build" not in path.parts]
+    return cells + [path.read_text() for path in files]
+
+
+def modules_of(source: str) -> set[str]:
+    "The outermost modules that a source imports, relative ones left out."
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("folder", NEEDS)
+def test_what_is_imported_is_declared(folder):
+    known = metadata.packages_distributions()
+    declared = set(map(distribution, PROJECT["dependencies"]))
+    for extra in NEEDS[folder]:
+        declared |= set(map(distribution, EXTRAS[extra]))
+    imported = set().union(*map(modules_of, code_below(ROOT / folder)))
+    ours = {path.stem for name in NEEDS for path in (ROOT / name).glob("*.py")} | {"ssah_nb"}
+    others = imported - ours - set(sys.stdlib_module_names)
+    assert "pandas" in others
+    missing = {n for n in others if not set(map(distribution, known.get(n, ()))) & declared}
+    assert not missing, f"declare in pyproject.toml: {sorted(missing)}"
+
+
+def test_the_lock_names_its_extras_and_pythons_and_holds_what_they_ask_for():
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    recipe = (ROOT / "Makefile").read_text().split("\nlock:")[1]
+    (made,) = re.findall(r"install -e '\.\[(.*?)\]'", recipe)
+    named = re.search(r"extras (.*?) resolve to, for Python (.*)\.$", lines[0])
+    assert re.findall(r"\w+", named[1].replace(" and ", " ")) == made.split(",")
+    low, high = re.findall(r"3\.(\d+)", PROJECT["requires-python"])
+    assert re.findall(r"3\.(\d+)", named[2]) == [str(n) for n in range(int(low), int(high))]
+    locked = {distribution(line) for line in lines if not line.startswith("#")}
+    asked = PROJECT["dependencies"] + [one for extra in made.split(",") for one in EXTRAS[extra]]
+    assert set(map(distribution, asked)) <= locked

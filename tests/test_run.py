@@ -1,13 +1,17 @@
 """Seeds, devices, files, parameters and the manifest."""
 
 import json
+import re
 import threading
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
 from ssah_nb.engine import run as run_module
+from ssah_nb.engine.drawings.anchoring import LABELS
+from ssah_nb.engine.limits import WORDS
 from ssah_nb.engine.run import (
     Run,
     SsahError,
@@ -21,6 +25,8 @@ from ssah_nb.engine.run import (
     side_by_side,
     write_atomic,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -131,6 +137,54 @@ def test_auto_is_mixed_where_the_cpu_is_faster(monkeypatch, speed, mixed):
     for pick in (pick_mixed, pick_dtype):
         with pytest.raises(SsahError, match="device 'gpu' cannot be used"):
             pick("auto", "gpu")
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "two", "1.5"])
+def test_a_wrong_number_at_once_is_one_error(monkeypatch, said):
+    monkeypatch.setenv("SSAH_AT_ONCE", said)
+    where = rf"SSAH_AT_ONCE='?{re.escape(said)}'? is not usable; give a whole number"
+    with pytest.raises(SsahError, match=where):
+        side_by_side(str, range(2), torch.device("cpu"))
+    with pytest.raises(SsahError, match="at_once=-3 is not usable"):
+        side_by_side(str, range(2), torch.device("cpu"), at_once=-3)
+    monkeypatch.setenv("SSAH_AT_ONCE", "")  # as one that is not there
+    assert side_by_side(str, range(2), torch.device("cpu")) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("seed=2", "give JSON such as"),
+        ("[1]", "give JSON such as"),
+        ('{"04_classes": 3}', "give JSON such as"),
+        ('{"04_classes": {"sed": 2}}', "04_classes has no parameter sed"),
+    ],
+)
+def test_wrong_parameters_from_the_environment_are_one_error(run, monkeypatch, said, words):
+    monkeypatch.setenv("SSAH_PARAMETERS", said)
+    with pytest.raises(SsahError, match=f"SSAH_PARAMETERS.*{words}"):
+        begin("04_classes", {"profile": "test", "seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "words"),
+    [
+        ("controls", ["random", "randon"], "controls cannot be 'randon'; .*largest norm"),
+        ("controls", "random", "controls='random' is no list"),
+        ("held", {"full": [1], "scus": [1]}, "held cannot be 'scus'; .*scu_top_cu"),
+    ],
+)
+def test_a_word_that_no_chapter_knows_is_refused_at_its_start(run, parameter, value, words):
+    with pytest.raises(SsahError, match=words):
+        begin("04_classes", {"profile": "test", "seed": 1, parameter: value})
+
+
+def test_the_words_are_those_of_the_chapters():
+    assert set(WORDS["held"]) | {"aligned"} == set(LABELS)
+    source = (ROOT / "nbs/04_classes.ipynb").read_text()
+    (control,) = re.findall(r"def control\(name.*?return like.*?\n", source, re.S)
+    named = set(re.findall(r'name == \\"(.*?)\\"', control))
+    assert set(WORDS["controls"]) == {"random"} | named
 
 
 def test_seed_repeats():

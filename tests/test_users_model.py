@@ -15,6 +15,7 @@ import users_model
 import yaml
 from helpers import one_line
 from run_chapter import ProfileError
+from run_config import config_of
 
 from ssah_nb.engine.alignment import make_aligned
 from ssah_nb.engine.models import given_stage, load_stage, save_model, tiny_model, tiny_tokenizer
@@ -211,8 +212,8 @@ def test_a_run_is_the_profile_with_another_model(mine):
     assert run_chapter.machine(run) == run_chapter.machine("smoke")
     settings = run_chapter.read_profile(run)
     assert settings["model_files"] == [str(mine / "model.safetensors")]  # newer ones run anew
-    assert users_model.config_of("smoke", run) == [f"profile={run}"]
-    assert users_model.config_of("llama2-7b", "x") == ["profile=x", "gpu=1"]
+    assert config_of("smoke", run) == [f"profile={run}"]
+    assert config_of("llama2-7b", "x") == ["profile=x", "gpu=1"]
 
 
 def test_two_models_never_share_a_run(mine, project):

@@ -1,12 +1,16 @@
 """`make reproduce`: what it says to a wrong profile, and what is left of a run that was killed."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import drill
+import nbformat
 import pytest
 import run_chapter
+import users_model
 from helpers_workflow import PARAMETERS, TARGET, command, make_project, run
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +27,16 @@ def test_unknown_profile_is_one_line():
     assert result.returncode != 0
     known = " ".join(PROFILES)
     assert result.stdout.splitlines()[0] == f"error: unknown PROFILE 'nope'; known: {known}"
+
+
+def test_help_lists_what_the_makefile_can_do():
+    result = run(["make", "help"], ROOT)
+    assert result.returncode == 0, result.stdout
+    listed = re.findall(r"^make ([a-z-]+)", result.stdout, re.M)
+    assert {"reproduce", "test", "docs", "verify", "test-slurm"} <= set(listed)
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    assert all(f"{target}:" in " ".join(lines) for target in listed)
+    assert result.stdout.splitlines()[-1] == lines[lines.index("") - 1].removeprefix("# ")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +123,57 @@ def test_a_chapter_runs_with_the_machine_of_its_profile(longer, project):
     assert (project / "runs/01_units.csv").read_text() == "seed,device,mixed\n7,cpu,True\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("extends: smoke\n01_units: {seed: 7}\n01_units: {seed: 8}\n", "line 3 gives '01_units'"),
+        ("extends: smoke\n01_units:\n  seed: 7\n  seconds: 0\n  seed: 8\n", "line 5 gives 'seed'"),
+        ("machine: {mixed: true, mixed: false}\n", "line 1 gives 'mixed'"),
+    ],
+)
+def test_a_name_that_a_profile_gives_twice_is_refused(longer, project, text, where):
+    settings = project / "workflow/profiles/longer/parameters.yaml"
+    settings.write_text(text)
+    with pytest.raises(run_chapter.ProfileError, match=f"parameters.yaml.*: {where} a second time"):
+        run_chapter.read_profile(longer)
+
+
+def test_a_profile_can_ask_for_every_device_that_a_model_can_have(longer, project):
+    settings = project / "workflow/profiles/longer/parameters.yaml"
+    for device in ("auto", "cpu", "cuda", "cuda:1", "spread"):
+        settings.write_text(f"extends: smoke\nmachine: {{device: '{device}'}}\n")
+        assert run_chapter.machine(longer)["SSAH_DEVICE"] == device
+
+
+def rows_of(page: str, heading: str) -> list[str]:
+    "The first column of the table under a heading, without the marks of code."
+    cells = nbformat.read(ROOT / page, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    section = text.partition(f"## {heading}\n")[2].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.M)
+    return [row.replace("`", "") for row in rows]
+
+
+def test_every_variable_that_is_read_stands_in_the_table():
+    folders = (("ssah_nb", "*.py"), ("workflow", "*.py"), ("workflow", "Snakefile"))
+    files = [path for folder, name in folders for path in (ROOT / folder).rglob(name)]
+    text = "\n".join(path.read_text() for path in [*files, ROOT / "Makefile"])
+    read = set(re.findall(r"\bSSAH_[A-Z_]+", text))
+    read |= {f"SSAH_{name.upper()}" for name in run_chapter.VALUES}
+    assert {"SSAH_CACHE", "SSAH_PARAMETERS", "SSAH_AT_ONCE", "SSAH_MAKE"} <= read
+    assert sorted(rows_of("nbs/engine/run.ipynb", "Settings from outside")) == sorted(read)
+
+
+def test_every_section_of_a_profile_stands_in_the_table():
+    rows = rows_of("nbs/engine/run.ipynb", "What a profile says")
+    files = (ROOT / "workflow/profiles").glob("*/parameters.yaml")
+    said = {name for path in files for name in run_chapter.read_settings(path)}
+    said |= users_model.own_profile("smoke", "org/model", [], "auto", "smoke-model").keys()
+    named = said - set(run_chapter.notebooks()) - {"machine"}
+    machine = {f"machine: {name}" for name in run_chapter.VALUES}
+    assert set(rows) == named | machine | {"04_classes, ..."}
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_names_parameters_that_the_chapters_have(profile, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -117,6 +182,34 @@ def test_every_profile_names_parameters_that_the_chapters_have(profile, monkeypa
     assert all(values["profile"] == profile for values in parameters.values() if values)
     known = {"SSAH_DEVICE", "SSAH_DTYPE", "SSAH_MIXED", "SSAH_AT_ONCE"}
     assert set(run_chapter.machine(profile)) <= known
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_can_be_copied(profile, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
+    (tmp_path / "nbs").symlink_to(ROOT / "nbs")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("workflow/profiles")
+    shutil.copytree(folder / profile, folder / "mine")
+    original, copied = (run_chapter.profile_parameters(name) for name in (profile, "mine"))
+    for chapter, values in original.items():
+        assert copied[chapter] == values | ({"profile": "mine"} if values else {})
+
+
+def test_make_runs_a_copied_profile_under_its_own_name(project):
+    folder = project / "workflow/profiles"
+    shutil.copytree(folder / "smoke", folder / "mine")
+    (folder / "mine/parameters.yaml").write_text("extends: smoke\n01_units: {seed: 7}\n")
+    (project / PARAMETERS).write_text("last: 01_units\ncommon: {seed: 0}\n")
+    for name in drill.COPIED_FILES:
+        shutil.copy(ROOT / name, project)
+    drill.link_environment(project)
+    result = run(["make", "reproduce", "PROFILE=mine"], project)
+    assert result.returncode == 0, result.stdout
+    assert (project / "runs/mine/notebooks/01_units.ipynb").exists()
+    assert not (project / "runs/smoke").exists()
+    assert (project / "runs/01_units.csv").read_text().startswith("seed,device,mixed\n7,")
+    assert "finished: notebooks in runs/mine/notebooks" in result.stdout
 
 
 def tables(folder: Path, value: int) -> None:

@@ -54,7 +54,7 @@ LEFT_OUT = "needs an unaligned model, and this run began with an aligned one"
 BESIDE = ("protection",)
 
 VALUES = {  # of machine:
-    "device": (r"auto|cpu|(cuda|mps|xpu)(:\d+)?", "auto, cpu, cuda or cuda:1"),
+    "device": (r"auto|cpu|spread|(cuda|mps|xpu)(:\d+)?", "auto, cpu, cuda, cuda:1 or spread"),
     "dtype": ("auto|float32|bfloat16|float16", "auto, float32, bfloat16 or float16"),
     "mixed": ("auto|true|false", "true, false or auto"),
     "at_once": (r"\d{1,4}", "a whole number; 0 means the default"),

@@ -4,8 +4,7 @@
 
 MODEL is a hub id, a folder with safetensors, or a .gguf file. It is looked at before anything runs.
 Then runs/PROFILE-NAME/profile.yaml is written: the profile with this model. What is wrong is one
-line, and exit status 2. With `name` for `check`, PROFILE-NAME is printed and nothing else is done;
-with `config`, what snakemake's --config needs.
+line, and exit status 2. With `name` for `check`, PROFILE-NAME is printed and nothing else is done.
 """
 
 import re
@@ -172,13 +171,6 @@ def check_same_model(run: str, name: str) -> None:
         )
 
 
-def config_of(profile: str, run: str) -> list[str]:
-    """What snakemake's --config needs: the profile's own, for this run."""
-    path = Path(f"workflow/profiles/{profile}/config.yaml")
-    own = yaml.safe_load(path.read_text()).get("config") or []  # a file of the repository
-    return [f"profile={run}", *(entry for entry in own if not entry.startswith("profile="))]
-
-
 def prepare(profile: str, model: str, name: str = "", aligned: str = "") -> str:
     """Check the model and write the run's own profile; the run's name. Raises `ProfileError`."""
     profile_path(profile)
@@ -201,8 +193,6 @@ def main(what: str, profile: str, model: str, name: str = "", aligned: str = "")
     try:
         if what == "check":
             prepare(profile, model, name, aligned)
-        elif what == "config":
-            print(*config_of(profile, run_name(profile, model, name)))
         else:
             print(run_name(profile, model, name))
     except (ProfileError, OSError) as error:

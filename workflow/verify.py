@@ -22,7 +22,7 @@ import papermill
 import yaml
 from compare_runs import disagreements, show
 from run_chapter import ProfileError, notebooks
-from users_model import config_of
+from run_config import config_of
 
 from ssah_nb.engine.comparison import run_tables
 from ssah_nb.engine.manifest import differences

@@ -168,14 +168,25 @@ def parse_json(
 
 # %% ../../nbs/engine/opening.ipynb #opening-010
 class PlainYaml(yaml.SafeLoader):
-    "YAML without aliases."
+    "YAML without aliases, and without a name that one mapping gives twice."
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise ValueError("aliases are not read here; write the values out")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node, deep=False):
+        seen, keys = set(), node.value if isinstance(node, yaml.MappingNode) else ()
+        for key, _ in keys:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            if (name := self.construct_object(key)) in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line} gives {key.value!r} a second time; take one out")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
+# %% ../../nbs/engine/opening.ipynb #7d41b0c3
 def parse_yaml(text: str) -> Any:
     "What the text says, of plain types. Raises ValueError."
     if len(text) > MOST["yaml"]:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'pick_device', 'kind_of', 'pick_dtype', 'bfloat16_speed', 'pick_mixed', 'show_progress', 'progress_shown',
-           'progress', 'side_by_side', 'project_root', 'Folders', 'figure_files', 'Written', 'machine_settings', 'Run',
-           'begin', 'processor', 'versions', 'read_run_table', 'finish_run', 'write_manifest']
+           'progress', 'at_once_here', 'side_by_side', 'project_root', 'Folders', 'figure_files', 'Written',
+           'machine_settings', 'Run', 'given_parameters', 'begin', 'processor', 'versions', 'read_run_table',
+           'finish_run', 'write_manifest']
 
 # %% ../../nbs/engine/run.ipynb #run-002
 import contextlib
@@ -28,9 +29,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .files import SsahError, write_atomic, write_together
-from .opening import read_json, read_table
+from .opening import parse_json, read_json, read_table
 from .figures import figure_bytes, readable, set_style, table_figure
-from .limits import check_seed
+from .limits import check_counts, check_seed, check_words
 
 # %% ../../nbs/engine/run.ipynb #da3d1ef2
 if TYPE_CHECKING:
@@ -134,6 +135,14 @@ def progress(
     return tqdm(iterable, desc=desc, total=total, disable=not progress_shown(), leave=False)
 
 # %% ../../nbs/engine/run.ipynb #run-017
+def at_once_here() -> int:
+    "`SSAH_AT_ONCE`, or 2. Raises `SsahError` for no whole number of at least 1."
+    said = os.environ.get("SSAH_AT_ONCE") or "2"
+    number: Any = int(said) if said.isdecimal() else said
+    check_counts(SSAH_AT_ONCE=number)
+    return number
+
+
 def side_by_side(
     work: Callable,  # (item) -> anything; it must not change what the others read
     items: Iterable,  # what to work on
@@ -141,7 +150,8 @@ def side_by_side(
     at_once: int = 0,  # how many at a time on a CPU, elsewhere one; 0: SSAH_AT_ONCE, or else 2
 ) -> list:
     "The results of `work` on each item, in their order. What it raises is raised here."
-    threads, at_once = torch.get_num_threads(), at_once or int(os.environ.get("SSAH_AT_ONCE", 2))
+    threads, at_once = torch.get_num_threads(), at_once or at_once_here()
+    check_counts(at_once=at_once)
     if at_once == 1 or device.type != "cpu" or threads < at_once:
         return [work(item) for item in items]
     share: dict[str, Any] = dict(initializer=torch.set_num_threads, initargs=(threads // at_once,))
@@ -243,13 +253,34 @@ class Run(Written):
         "Write this chapter's part of the manifest, as `finish_run` does."
         finish_run(self, model, seconds)
 
+# %% ../../nbs/engine/run.ipynb #a27be511
+def given_parameters(
+    chapter: str,  # name of the notebook, e.g. "03_attribution"
+    names: dict,  # the notebook's `globals()`
+) -> dict:
+    "What `SSAH_PARAMETERS` says about a chapter. Raises `SsahError` for what it does not have."
+    said = os.environ.get("SSAH_PARAMETERS") or "{}"
+    try:
+        given = dict(parse_json(said, finite=False).get(chapter, {}))
+    except (ValueError, TypeError, AttributeError):
+        example = '{"04_classes": {"seed": 2}}'
+        raise SsahError(
+            f"SSAH_PARAMETERS={said[:40]!r} is not usable; give JSON such as {example}"
+        ) from None
+    if unknown := given.keys() - names.keys():
+        raise SsahError(
+            f"SSAH_PARAMETERS: {chapter} has no parameter {', '.join(sorted(unknown))}; "
+            "see its cell with the tag parameters"
+        )
+    return given
+
 # %% ../../nbs/engine/run.ipynb #run-026
 def begin(
     chapter: str,  # name of the notebook, e.g. "03_attribution"
     names: dict,  # the notebook's `globals()`; only imports and parameters stand there so far
 ) -> Run:
     "The run of a chapter, with the parameters of its notebook."
-    names.update(json.loads(os.environ.get("SSAH_PARAMETERS", "{}")).get(chapter, {}))
+    names.update(given_parameters(chapter, names))
     literals = (str, int, float, bool, list, dict)
     skipped = ("In", "Out", "profile")
     parameters = {
@@ -260,6 +291,7 @@ def begin(
         and name not in skipped
         and not name.isupper()  # constants that were imported
     }
+    check_words(**parameters)
     return Run(names["profile"], chapter, **parameters)
 
 # %% ../../nbs/engine/run.ipynb #run-027
