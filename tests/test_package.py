@@ -136,10 +136,13 @@ def distribution(name: str) -> str:
 
 def code_below(folder: Path) -> list[str]:
     "The sources of modules, scripts and code cells."
-    pages = [nbformat.read(path, as_version=4) for path in folder.rglob("*.ipynb")]
-    cells = [cell.source for page in pages for cell in page.cells if cell.cell_type == "code"]
-    files = [path for path in folder.rglob("*.py") if "_build" not in path.parts]
-    return cells + [path.read_text() for path in files]
+    pages, files = (
+        [path for path in folder.rglob(kind) if "_build" not in path.parts]
+        for kind in ("*.ipynb", "*.py")
+    )
+    cells = [cell for path in pages for cell in nbformat.read(path, as_version=4).cells]
+    codes = [cell.source for cell in cells if cell.cell_type == "code"]
+    return codes + [path.read_text() for path in files]
 
 
 def modules_of(source: str) -> set[str]:
