@@ -161,7 +161,8 @@ def pruned(
 ) -> Iterator[PreTrainedModel]:
     "The model without these units (paper, Table 1). Raises `SsahError` for another model's mask."
     check_mask(mask, model)
-    if compensate:
+    if compensate is not None:
+        check_kind(compensate, Importance, "has no mean activations; pass importance(...)")
         check_same_model(compensate.info["model"], model)
     with ExitStack() as undone:
         for kind, modules in depth_two(model).items():
@@ -193,6 +194,8 @@ def search_order(ratios: Iterable[float], measure: Callable) -> list[float]:
     ratios = as_rows(ratios, "ratios")
     for ratio in ratios:
         check_shares(scu=ratio)
+    if not all(ratios):
+        raise SsahError("a ratio of 0 chooses no unit; leave 0 out, the dense model is measured")
     if not ratios:
         raise SsahError("no ratios to search; give at least one, e.g. [0.02, 0.01]")
     if not callable(measure):
@@ -219,10 +222,10 @@ def search_scu(
     "The chosen ratio, and what was measured: one row a ratio, the dense model first."
     ratios = search_order(ratios, measure)
     check_amounts(max_perplexity_ratio=max_perplexity_ratio)
+    masks = {r: classify(safety, utility, scu=r, **classify_options).scu for r in ratios}
     nothing = top_units(safety.standardized(), 0, safety.info)
     rows = [dense := search_row(0.0, nothing, measure)]
-    for ratio in ratios:
-        mask = classify(safety, utility, scu=ratio, **classify_options).scu
+    for ratio, mask in masks.items():
         rows.append(row := search_row(ratio, mask, measure))
         row["steady"] = row["perplexity"] <= max_perplexity_ratio * dense["perplexity"]
         row["lowers_safety"] = row["attack_success_low"] > dense["attack_success_high"]

@@ -25,7 +25,7 @@ from .engine.batches import TokenBatch, run_blocks, token_batches
 from .engine.chat import encode_pairs, encode_prompts
 from .engine.inputs import as_prompts, as_rows
 from .engine.limits import check_counts
-from .engine.generation import evaluating
+from .engine.generation import check_prompts, evaluating
 
 # %% ../nbs/02_probe.ipynb #02-probe-025
 def block_states(
@@ -94,6 +94,7 @@ def probe(
     steps = tuple(as_rows(steps, "steps"))
     check_counts(steps=len(steps), **{f"steps[{i}]": step for i, step in enumerate(steps)})
     queries, found = encode_prompts(tokenizer, as_prompts(prompts)), []
+    check_prompts(model, queries, max(steps))
     for name, ids in prefix_tokens(tokenizer, prefixes, max(steps)).items():
         batches = list(token_batches([(query, ids) for query in queries], model=model))
         for batch in progress(batches, f"probing {name}"):

@@ -204,7 +204,7 @@ def random_like(
     check_seed(seed)
     everything = mask | ~mask
     pool = everything if among is None else everything & among
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     mlp = draw_like(mask.mlp, pool.mlp, generator, per_layer)
     attention = draw_like(mask.attention, pool.attention, generator, per_layer)
     return UnitMask(mlp, attention, pool.model)

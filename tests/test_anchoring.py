@@ -304,6 +304,25 @@ def test_errors_come_before_anything_is_computed():
         Anchor(model, TOKENIZER, REFUSALS, on="units", units=wrong)
 
 
+@pytest.mark.parametrize("on", ["answers", "units"])
+def test_a_prompt_beyond_the_context_is_refused(on):
+    long = [REFUSALS[0], {"prompt": "x" * 600, "response": "No."}]
+    units = {"units": some_units()} if on == "units" else {}
+    with pytest.raises(SsahError, match=r"refusal 1 has \d+ \+ 4 tokens.* 512") as error:
+        Anchor(tiny_model(), TOKENIZER, long, on=on, **units)
+    one_line(error)
+
+
+def test_what_is_no_anchor_is_refused_before_a_step():
+    model = tiny_model()
+    anchor = Anchor(model, TOKENIZER, REFUSALS)
+    for wrong in (anchor.callback(), "yes"):
+        with pytest.raises(SsahError, match="is no anchor; pass the Anchor itself") as error:
+            finetune(model, TOKENIZER, TASK, anchor=wrong)
+        one_line(error)
+    assert anchor.report().mean < 1e-6 and not model.training
+
+
 def test_another_model_is_refused():
     anchor = Anchor(tiny_model(), TOKENIZER, REFUSALS)
     with pytest.raises(SsahError) as error:

@@ -1,5 +1,7 @@
 """Greedy generation equals `model.generate` on each prompt alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from datasets import Dataset
@@ -157,3 +159,14 @@ def test_a_prefilled_answer_goes_on_from_its_first_words():
     assert generate(model, tokenizer, prompts, 5, prefill=" ") == generate(
         model, tokenizer, prompts, 5
     )
+
+
+def test_threads_take_turns_on_one_model():
+    model, tokenizer = tiny_model().train(), tiny_tokenizer()
+    settings, long = model.generation_config, generate(model, tokenizer, PROMPTS, 40)
+    short = generate(model, tokenizer, PROMPTS, 2)
+    with ThreadPoolExecutor(4) as pool:
+        sizes = [40, 2] * 8
+        found = list(pool.map(lambda size: generate(model, tokenizer, PROMPTS, size), sizes))
+    assert found == [long, short] * 8
+    assert model.generation_config is settings and all(m.training for m in model.modules())

@@ -7,11 +7,14 @@ import signal
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import files_at_most, one_line
+from helpers_units import TOKENIZER, pairs
 
-from ssah_nb import SsahError, classify, importance, safety_report, save_model
+from ssah_nb import Anchor, SsahError, classify, importance, safety_report, save_model
 from ssah_nb.engine import files
 from ssah_nb.engine.calibration import save_calibration
 from ssah_nb.engine.data import toy_benign, toy_harmful
@@ -230,3 +233,21 @@ def test_an_interrupt_leaves_no_part(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     assert not content(tmp_path) and not list(tmp_path.iterdir())
+
+
+def test_options_of_numpy_are_written_as_numbers(tmp_path):
+    model, shares = tiny_model(), {"scu": np.float32(0.125), "ucu": np.float64(0.25)}
+    scored = {"max_response": np.int64(3)}
+    safety, utility = (
+        importance(model, TOKENIZER, pairs(word), **scored) for word in ("No", "Yes")
+    )
+    units = classify(safety, utility, **shares)
+    anchor = Anchor(
+        model, TOKENIZER, pairs("No"), tokens=np.int64(2), weight=np.float32(0.5), seed=np.int32(4)
+    )
+    for place, thing in enumerate((safety, units, anchor)):
+        again = type(thing).load(thing.save(tmp_path / str(place)))
+        (tensors, info), (others, more) = thing.to_files(), again.to_files()
+        assert info == more and all(torch.equal(t, others[name]) for name, t in tensors.items())
+    plain = Anchor(model, TOKENIZER, pairs("No"), tokens=2, weight=0.5, seed=4)
+    assert torch.equal(anchor.loss(tiny_model(seed=1)), plain.loss(tiny_model(seed=1)))

@@ -20,6 +20,7 @@ from ssah_nb.engine.matched import finetune_until, mcnemar
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.paired import paired_difference, paired_mean
 from ssah_nb.engine.run import set_seed
+from ssah_nb.engine.splits import SIZES
 from ssah_nb.engine.training import training_perplexity
 from ssah_nb.units import UnitMask
 
@@ -141,7 +142,7 @@ CALLS |= {  # which draw at random: on their own seed alone
     "paired_mean": (lambda **o: paired_mean([1, 2], **o), {"seed": SEED}),
     "kappa": (lambda **o: kappa([True], [True], **o), {"seed": SEED}),
     "refusal_margin": (on(ssah_nb.refusal_margin, PAIRS), {"seed": SEED}),
-    "contrast_report": (on(ssah_nb.contrast_report), {"seed": SEED}),
+    "contrast_report": (on(ssah_nb.contrast_report), {"seed": SEED, "window": LIMIT}),
     "Anchor": (on(ssah_nb.Anchor, PAIRS), {"seed": SEED}),
     "with_adapter": (lambda **o: with_adapter(None, options={}, **o), {"seed": SEED}),
     "tiny_model": (tiny_model, {"seed": SEED}),
@@ -167,6 +168,28 @@ def test_numbers_of_numpy_are_numbers():
     ours = ssah_nb.finetune(copy.deepcopy(model), tokenizer, PAIRS, **options)
     wanted = ssah_nb.finetune(copy.deepcopy(model), tokenizer, PAIRS, lr=1e-4, batch_size=2)
     assert ours.loss.tolist() == wanted.loss.tolist()
+
+
+SEEDED = {  # what is drawn with a seed
+    "tiny_model": lambda seed: tiny_model(seed=seed).lm_head.weight.tolist(),
+    "random_like": lambda seed: (MASK & MASK).random_like(seed).mlp.tolist(),
+    "finetune": lambda seed: ssah_nb.finetune(
+        tiny_model(), tiny_tokenizer(), PAIRS * 2, batch_size=1, seed=seed
+    ).loss.tolist(),
+    "finetune_dpo": lambda seed: ssah_nb.finetune_dpo(
+        tiny_model(), tiny_tokenizer(), ROWS, seed=seed
+    ).loss.tolist(),
+    "preferences": lambda seed: ssah_nb.preferences([], [], PAIRS, seed),
+    "alignment_pairs": lambda seed: ssah_nb.alignment_pairs(PAIRS, [], seed),
+    "make_splits": lambda seed: ssah_nb.make_splits(
+        benign=PAIRS * 3, seed=seed, sizes=dict.fromkeys(SIZES, 0) | {"benign_attack": 2}
+    ).pairs,
+}
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_seed_of_numpy_is_a_seed(name):
+    assert SEEDED[name](np.int64(3)) == SEEDED[name](3)
 
 
 GOOD_VERDICTS = {

@@ -69,6 +69,7 @@ def test_a_reference_can_be_computed_once_for_several_runs(tokenizer):
     reference = reference_margins(tiny_model(), tokenizer, ROWS)
     other = reference_margins(tiny_model(seed=1), tokenizer, ROWS)
     assert train(reference) == train(None) != train(other)
+    assert train(reference.tolist()) == train(reference.numpy()) == train(reference)
     with pytest.raises(SsahError, match=f"reference has 2 margins for {len(ROWS)} rows"):
         train(reference[:2])
 

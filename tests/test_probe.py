@@ -53,3 +53,8 @@ def test_short_prefix_is_an_error():
 def test_prefixes_are_texts_by_name(prefixes):
     with pytest.raises(SsahError, match="there is no prefix; give at least one"):
         probe(tiny_model(), tiny_tokenizer(), ["q"], prefixes=prefixes)
+
+
+def test_a_query_beyond_the_context_is_refused():
+    with pytest.raises(SsahError, match=r"prompt 1 has \d+ tokens, and with 10 .* 512"):
+        probe(tiny_model(), tiny_tokenizer(), ["one", "x" * 490])

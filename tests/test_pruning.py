@@ -280,3 +280,11 @@ def test_a_configuration_that_cannot_say_the_width(monkeypatch):
     with pytest.raises(SsahError, match=words) as error:
         prune(model, MASKS["random 0"], equal_widths=True)
     one_line(error)
+
+
+def test_what_has_no_means_is_refused():
+    model, mask = tiny_model(), MASKS["one channel"]
+    with pytest.raises(SsahError, match="a UnitMask has no mean activations") as error:
+        with pruned(model, mask, compensate=mask):
+            pass
+    one_line(error)

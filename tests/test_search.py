@@ -94,3 +94,9 @@ def test_what_the_search_refuses():
         searched({}, [2])
     with pytest.raises(SsahError, match="no estimate of attack success"):
         search_scu(made_up(0), made_up(1), [4 / 72], lambda mask: (0.9, 10.0))
+
+
+def test_a_search_is_refused_before_anything_is_measured():
+    for ratios, words in (([0.0], "ratio of 0"), ([0.1, 0], "ratio of 0"), ([0.9, 0.1], "overlap")):
+        with pytest.raises(SsahError, match=words):
+            search_scu(made_up(0), made_up(1), ratios, lambda mask: pytest.fail("measured"))

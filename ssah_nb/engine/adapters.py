@@ -35,7 +35,7 @@ def with_adapter(
     usual = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
     config = LoraConfig(**usual | {"task_type": TaskType.CAUSAL_LM} | options)
     with ADAPTING, torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         adapted: Any = get_peft_model(model, config)
         return adapted
 

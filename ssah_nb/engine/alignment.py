@@ -64,7 +64,7 @@ def alignment_pairs(
     harmful = as_pairs(harmful, needs_response=False, at_least=0)
     benign = as_pairs(benign, at_least=0)
     check_seed(seed)
-    chosen = random.Random(seed)
+    chosen = random.Random(int(seed))
     refused = [{"prompt": p["prompt"], "response": chosen.choice(STOCK_REFUSALS)} for p in harmful]
     return refused + benign
 

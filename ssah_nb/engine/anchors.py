@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPPED', 'OPTIONS', 'turn', 'without_dropout', 'places_of', 'listening', 'answer_logits', 'behaviour',
-           'behaviour_on_all', 'check_options', 'remember_step', 'trained_by', 'check_untrained', 'shape_of',
-           'check_shape', 'Drift', 'named_units', 'is_encoded', 'check_facts_of_anchor', 'references_in',
+           'check_lengths', 'behaviour_on_all', 'check_options', 'remember_step', 'trained_by', 'check_untrained',
+           'shape_of', 'check_shape', 'Drift', 'named_units', 'is_encoded', 'check_facts_of_anchor', 'references_in',
            'check_trainer', 'AnchorCallback']
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-002
@@ -25,9 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel, TrainerCallback
 
 from .batches import TokenBatch, run_blocks, token_batches
-from .forward import own_forward
+from .forward import context_of, own_forward
 from .generation import evaluating
-from .limits import check_seed
+from .limits import check_seed, is_finite, is_whole
 from .run import SsahError
 from .sharded import refuse_sharded
 from .tensors import check_tensors
@@ -117,6 +117,17 @@ def behaviour(
     return [heard[name] for name in channels]
 
 # %% ../../nbs/engine/anchors.ipynb #998e36aa
+def check_lengths(model: PreTrainedModel, encoded: list[tuple[list[int], list[int]]]):
+    "Raise `SsahError` for a pair that does not fit the model's context."
+    context = context_of(model)
+    for row, (prompt, response) in enumerate(encoded):
+        if context and len(prompt) + len(response) > context:
+            raise SsahError(
+                f"refusal {row} has {len(prompt)} + {len(response)} tokens, more than the model's "
+                f"context of {context}; leave it out"
+            )
+
+
 def behaviour_on_all(
     model: PreTrainedModel,  # any model
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`
@@ -124,6 +135,7 @@ def behaviour_on_all(
     change: Callable[[torch.Tensor], torch.Tensor],  # what is kept of each tensor
 ) -> list[torch.Tensor]:
     "`behaviour` on all pairs, in their order: [all response tokens, ...] on the CPU."
+    check_lengths(model, encoded)
     parts: dict[int, tuple[torch.Tensor, ...]] = {}
     with evaluating(model):
         for batch in token_batches(encoded, 1024, model):
@@ -147,10 +159,10 @@ def check_options(
         raise SsahError("on='answers' holds no units; leave units out, or pass on='units'")
     check_seed(options["seed"])
     for name in ("tokens", "prompts", "every"):
-        if type(options[name]) is not int or not 1 <= options[name] < 1 << 31:
+        if not is_whole(options[name]) or not 1 <= options[name] < 1 << 31:
             raise SsahError(f"{name}={options[name]} is not a whole number of at least 1")
     for name in ("weight", "slack"):
-        if type(options[name]) not in (int, float) or not 0 <= options[name] < float("inf"):
+        if not is_finite(options[name]) or options[name] < 0:
             raise SsahError(f"{name}={options[name]} is negative or not finite")
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-014

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .generation import generate
 from .inputs import as_responses
 from .intervals import Estimate, bootstrap_mean, wilson
-from .judges import DEFAULT_JUDGE, Judge, judged
-from .limits import check_seed
+from .judges import DEFAULT_JUDGE, Judge, check_judge, judged
+from .limits import check_limits, check_seed
 from .margin import refusal_margins
 
 # %% ../../nbs/engine/contrast.ipynb #contrast-005
@@ -82,6 +82,8 @@ def contrast_report(
 
     Each is three columns and n, as in `safety_report`."""
     check_seed(seed)
+    check_limits(window=window)
+    check_judge(judge)
     said = zip(contrast_prompts(), (safe_responses, unsafe_responses))
     safe, unsafe = (
         refused_each(model, tokenizer, prompts, judge, given, window, system=system, **generation)

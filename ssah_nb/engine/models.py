@@ -101,7 +101,7 @@ def tiny_model(
     experts = TINY_EXPERTS if architecture in MIXTURES else {}
     sizes = AutoConfig.for_model(architecture, **(TINY_SIZES | experts | config))
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         return AutoModelForCausalLM.from_config(sizes).eval()
 
 # %% ../../nbs/engine/models.ipynb #models-009

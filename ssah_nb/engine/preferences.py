@@ -38,7 +38,7 @@ def preferences(
     harmful = as_pairs(harmful, needs_response=False, at_least=0)
     complied, benign = as_responses(complied, len(harmful)), as_pairs(benign, at_least=0)
     check_seed(seed)
-    chosen = random.Random(seed)
+    chosen = random.Random(int(seed))
     said = [c if c.strip() else "Sure." for c in complied]
     refused = [
         {"prompt": p["prompt"], "chosen": chosen.choice(STOCK_REFUSALS), "rejected": c}
@@ -152,13 +152,13 @@ def margins_before(
     "The margin of each row under the reference. Raises `SsahError` for margins of other rows."
     rows = len(answers["chosen"])
     if reference is None:
-        reference = all_margins(model, answers, max_tokens, mixed)
+        return all_margins(model, answers, max_tokens, mixed)
     if len(reference) != rows:
         raise SsahError(
             f"reference has {len(reference)} margins for {rows} rows; "
             "make it from the same rows with reference_margins"
         )
-    return reference
+    return torch.as_tensor(reference, dtype=torch.float32, device=model.device)
 
 # %% ../../nbs/engine/preferences.ipynb #2e12b129
 def dpo_losses(
@@ -197,7 +197,7 @@ def finetune_dpo(
     "Train with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
     amounts = {"lr": lr, "beta": beta} | ({"sft_weight": sft_weight} if sft_weight else {})
     check_training(epochs, batch_size, max_tokens, max_response, seed, **amounts)
-    rows, order = as_preferences(rows), random.Random(seed)
+    rows, order = as_preferences(rows), random.Random(int(seed))
     answers = encode_preferences(model, tokenizer, rows, max_response)
     margins = margins_before(reference, model, answers, max_tokens, mixed)
     batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)]

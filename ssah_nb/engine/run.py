@@ -42,9 +42,9 @@ from .manifest import commit_of, data_behind, sha256_of
 def set_seed(seed: int):  # the same seed gives the same run on the same machine
     "Seed Python, NumPy and torch, and ask torch for its deterministic kernels."
     check_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    random.seed(int(seed))
+    np.random.seed(int(seed))
+    torch.manual_seed(int(seed))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     # it takes time, and the memory is never read

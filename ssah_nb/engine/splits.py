@@ -166,7 +166,7 @@ def prompt_groups(
 ) -> list[list[dict]]:  # one list per different prompt
     "Pairs, sorted and then shuffled, grouped by prompt."
     rows = sorted({(pair["prompt"], pair["response"]) for pair in pairs})
-    random.Random(seed).shuffle(rows)
+    random.Random(int(seed)).shuffle(rows)
     groups: dict[str, list[dict]] = {}
     for prompt, response in rows:
         groups.setdefault(normalised(prompt), []).append({"prompt": prompt, "response": response})

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Masters', 'mixed_precision', 'training_mode', 'gradients_to', 'training_batches', 'rate_share', 'backward_parts',
-           'FloatMasters', 'clip', 'Stepper', 'check_loss', 'trained_weights', 'Hooks', 'products_of', 'history_of',
-           'optimize', 'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity',
-           'perplexity_as_trained']
+           'FloatMasters', 'clip', 'Stepper', 'check_loss', 'check_anchor', 'trained_weights', 'Hooks', 'products_of',
+           'history_of', 'optimize', 'response_parts', 'check_training', 'all_batches', 'finetune',
+           'training_perplexity', 'perplexity_as_trained']
 
 # %% ../../nbs/engine/training.ipynb #training-002
 import math
@@ -176,6 +176,13 @@ def check_loss(losses: list[float], lr: float):  # losses: of all steps so far
         )
 
 
+def check_anchor(anchor):  # what should join the steps, or None
+    "Raise `SsahError` for what has no loss of its own, such as the callback of an anchor."
+    if anchor is not None and not callable(getattr(anchor, "loss", None)):
+        kind = type(anchor).__name__
+        raise SsahError(f"a {kind} is no anchor; pass the Anchor itself (a Trainer its callback())")
+
+
 def trained_weights(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     "What has `requires_grad`. Raises `SsahError` when nothing has, or weights are not in memory."
     check_in_memory(model, train=True)
@@ -235,6 +242,7 @@ def optimize(
     """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]` and `attrs["seconds"]`.
 
     Raises `SsahError` when nothing can be trained or the loss is NaN."""
+    check_anchor(anchor)
     trained, start, losses = trained_weights(model), time.time(), list[float]()
     stepper = Stepper(trained, lr, len(batches))
     hooks = Hooks(anchor, before_step, correct_step, after_step)
@@ -279,7 +287,7 @@ def check_training(
 
 def all_batches(encoded: list, epochs: int, batch_size: int, seed: int) -> list[list[int]]:
     "The rows of each step of a training, from `training_batches`."
-    order = random.Random(seed)
+    order = random.Random(int(seed))
     return [b for _ in range(epochs) for b in training_batches(encoded, batch_size, order)]
 
 # %% ../../nbs/engine/training.ipynb #73f3acef

@@ -208,7 +208,7 @@ def safe_lora(case: Case, model: PreTrainedModel) -> dict:
 def replay(case: Case, model: PreTrainedModel) -> dict:
     "Some refusals are mixed in, chosen by the seed."
     refusals = case.needed_refusals()
-    chosen = random.Random(case.seed).sample(refusals, min(16, len(refusals)))
+    chosen = random.Random(int(case.seed)).sample(refusals, min(16, len(refusals)))
     return {"extra": chosen}
 
 # %% ../../nbs/engine/ways.ipynb #bf468a4e
