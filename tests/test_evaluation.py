@@ -113,9 +113,10 @@ def test_a_perplexity_that_is_too_large_for_a_number_is_infinite():
         model.lm_head.weight.mul_(1e4)
     pairs = [{"prompt": "Hi", "response": "Hello"}]
     assert perplexity(model, tokenizer, pairs).value == math.inf
-    assert text_perplexity(model, tokenizer, "one two three").columns("p")["p"] == math.inf
-    row = safety_report(model, tokenizer, ["Hi"], pairs, max_new_tokens=2, max_perplexity=9.0)
-    assert row["perplexity"] == math.inf
+    one = text_perplexity(model, tokenizer, "one two three").columns("p")
+    assert one["p"] == math.inf and math.isnan(one["p_high"])  # one text has no interval
+    row = safety_report(model, tokenizer, ["Hi"], pairs * 2, max_new_tokens=2, max_perplexity=9.0)
+    assert row["perplexity"] == row["perplexity_low"] == math.inf
     with pytest.raises(SsahError, match="no reference response .* too large for a number"):
         coherence_threshold(model, tokenizer, pairs)
 

@@ -14,9 +14,9 @@ from torch import nn
 from ssah_nb import WAYS
 from ssah_nb.engine import matched, ways
 from ssah_nb.engine.evaluation import perplexity
-from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.run import SsahError, side_by_side
-from ssah_nb.engine.training import finetune, training_perplexity
+from ssah_nb.engine.training import training_perplexity
 from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
 from ssah_nb.freezing import finetune_protected, frozen_rows_and_columns, frozen_units
 
@@ -52,23 +52,6 @@ def test_each_way_gives_an_ordinary_model(scored, way):
     for name, (rows, dim) in frozen_rows_and_columns(before, mask).items():
         a, b = (m.get_submodule(name).weight.movedim(dim, 0)[rows] for m in (model, before))
         assert torch.equal(a, b), name
-
-
-def test_gradients_of_an_earlier_training_have_no_say():
-    models = tiny_model(), tiny_model()
-    for p in models[1].parameters():
-        p.grad = torch.ones_like(p)
-    for model in models:
-        finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, batch_size=2)
-    weights = zip(*(model.state_dict().values() for model in models))
-    assert all(torch.equal(a, b) for a, b in weights)
-
-
-def test_perplexity_is_measured_behind_the_system_prompt_of_the_training():
-    given = (tiny_model(), tiny_tokenizer(), PAIRS)
-    done = matched.finetune_until(*given, lr=1e-2, batch_size=2, system="Be brief.")
-    assert done["training_perplexity"] == training_perplexity(*given, system="Be brief.")
-    assert done["training_perplexity"] != training_perplexity(*given)
 
 
 def test_ways_side_by_side_give_the_same_models_as_one_after_the_other(scored):

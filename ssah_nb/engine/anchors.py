@@ -127,7 +127,7 @@ def check_lengths(model: PreTrainedModel, encoded: list[tuple[list[int], list[in
                 f"context of {context}; leave it out"
             )
 
-
+# %% ../../nbs/engine/anchors.ipynb #anchors-on-all
 def behaviour_on_all(
     model: PreTrainedModel,  # any model
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`

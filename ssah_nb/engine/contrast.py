@@ -84,10 +84,9 @@ def contrast_report(
     check_seed(seed)
     check_limits(window=window)
     check_judge(judge)
-    said = zip(contrast_prompts(), (safe_responses, unsafe_responses))
     safe, unsafe = (
         refused_each(model, tokenizer, prompts, judge, given, window, system=system, **generation)
-        for prompts, given in said
+        for prompts, given in zip(contrast_prompts(), (safe_responses, unsafe_responses))
     )
     row = paired_columns("refused", safe, unsafe, rate_of, seed)
     safe, unsafe = (refusal_margins(model, tokenizer, p, system) for p in contrast_prompts())

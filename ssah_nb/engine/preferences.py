@@ -158,7 +158,7 @@ def margins_before(
             f"reference has {len(reference)} margins for {rows} rows; "
             "make it from the same rows with reference_margins"
         )
-    return torch.as_tensor(reference, dtype=torch.float32, device=model.device)
+    return torch.as_tensor(reference, device=model.device)
 
 # %% ../../nbs/engine/preferences.ipynb #2e12b129
 def dpo_losses(

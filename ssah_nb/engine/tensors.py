@@ -34,7 +34,7 @@ def plain_number(value: Any) -> Any:  # a fact that JSON has no word for
         return value.item()
     raise SsahError(f"a {type(value).__name__} is no fact of plain JSON types; take it out of info")
 
-
+# %% ../../nbs/engine/tensors.ipynb #tensors-save-all
 def save_tensors(
     folder: str | Path,  # made when it is not there
     name: str,  # of the two files, without ending
@@ -155,8 +155,7 @@ def check_shape(
     "Raise `SsahError` for another shape."
     if shape is None and (tensor.ndim != 2 or not tensor.numel()):
         raise SsahError(
-            f"{where} has {name!r} of shape {tuple(tensor.shape)}, no rows of units; "
-            "write it again"
+            f"{where} has {name!r} of shape {tuple(tensor.shape)}, no rows of units; write it again"
         )
     if shape is not None and tuple(tensor.shape) != tuple(shape):
         raise SsahError(

@@ -175,7 +175,7 @@ def check_loss(losses: list[float], lr: float):  # losses: of all steps so far
             f"lower lr (now {lr}) or check the weights"
         )
 
-
+# %% ../../nbs/engine/training.ipynb #training-008b
 def check_anchor(anchor):  # what should join the steps, or None
     "Raise `SsahError` for what has no loss of its own, such as the callback of an anchor."
     if anchor is not None and not callable(getattr(anchor, "loss", None)):
