@@ -181,9 +181,11 @@ SEEDED = {  # what is drawn with a seed
     ).loss.tolist(),
     "preferences": lambda seed: ssah_nb.preferences([], [], PAIRS, seed),
     "alignment_pairs": lambda seed: ssah_nb.alignment_pairs(PAIRS, [], seed),
-    "make_splits": lambda seed: ssah_nb.make_splits(
-        benign=PAIRS * 3, seed=seed, sizes=dict.fromkeys(SIZES, 0) | {"benign_attack": 2}
-    ).pairs,
+    "make_splits": lambda seed: (
+        ssah_nb.make_splits(
+            benign=PAIRS * 3, seed=seed, sizes=dict.fromkeys(SIZES, 0) | {"benign_attack": 2}
+        ).pairs
+    ),
 }
 
 

@@ -260,6 +260,24 @@ def test_the_table_by_hand(table):
     assert rows.p_holm["replay"] == rows.p["replay"]
 
 
+def test_units_are_compared_with_as_many_random_ones():
+    ways = {"full": 40, "scu_top_cu": 25, "scu_all_cu": 20, "random": 30, "random_top_cu": 35}
+    done = {"epochs": 1, "reached": True, "seconds": 1.0, "optimizer_mb": 1.0}
+    cases = []
+    for way, order in [(way, order) for way in ways for order in (1, 2)]:
+        outcomes = {"harmful": [i < ways[way] + order for i in range(50)], "benign": [False] * 50}
+        outcomes |= {"harmful_margin": [0.0] * 50}
+        outcomes |= {f"{name}_losses": [[1.0, 1]] * 50 for name in ("training", "benign")}
+        cases.append({"case": vars(Case(way, order)), "done": done, "outcomes": outcomes})
+    start = cases[0] | {"outcomes": cases[0]["outcomes"] | {"harmful": [False] * 50}}
+    rows = protection_table(cases, start).set_index("way")
+    assert rows.against_random["scu_top_cu"] == pytest.approx((25 - 35) / 50)
+    assert rows.against_random["scu_all_cu"] == pytest.approx((20 - 30) / 50)
+    assert rows.against_random[["full", "random", "random_top_cu"]].isna().all()
+    alone = [k for k in cases if k["case"]["way"] != "random_top_cu"]
+    assert math.isnan(protection_table(alone, start).set_index("way").against_random["scu_top_cu"])
+
+
 def test_the_best_ways_learned_the_pairs(table):
     assert best_ways(table, 3, ["full"]) == ["replay"]
     assert best_ways(table.assign(reached=False), 3) == []
