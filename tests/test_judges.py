@@ -170,6 +170,11 @@ def test_the_committed_table_is_of_these_rows():
         )
 
 
+def test_rows_without_a_column_are_refused_by_its_name():
+    with pytest.raises(SsahError, match="no column 'one_label'.*prompt, response"):
+        judge_table(ROWS.drop(columns="one_label"))
+
+
 def test_the_committed_table_keeps_the_bar():
     table = pd.read_csv(RESULTS).set_index(["judge", "by", "group"])
     assert (table.kappa_n == table[["found", "missed", "invented", "passed"]].sum(axis=1)).all()
