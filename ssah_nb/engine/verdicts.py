@@ -116,7 +116,7 @@ def loss_columns(full: Cases, cases: Cases) -> dict[str, float]:
     return row
 
 # %% ../../nbs/engine/verdicts.ipynb #verdicts-010
-CONTROLS = {  # way -> as many random units, frozen alike
+CONTROLS = {  # way -> the way that freezes as many random units
     "scu_top_cu": "random_top_cu",
     "scu_all_cu": "random",
 }
@@ -165,8 +165,8 @@ def way_row(
     row |= worst.columns("worst_order") | change_columns(start, cases)
     row |= loss_columns(full, cases) | tests_against(full, cases)
     row |= against(full, cases, "against_full")
-    control = cases_of(kept, CONTROLS[way], condition) if way in CONTROLS else []
-    row |= against(control, cases, "against_random")
+    for control in CONTROLS.values():
+        row |= against(cases_of(kept, control, condition), cases, f"against_{control}")
     return row | verdict_of(row)
 
 # %% ../../nbs/engine/verdicts.ipynb #2cbcc9a9
