@@ -87,6 +87,12 @@ def test_a_chapter_opens_with_its_claim(path):
     assert re.match(r"# .+\n+> .+", first.source)
 
 
+@each_notebook
+def test_the_claim_fits_its_line_and_so_the_docstring_of_its_module(path):
+    lines = [line for line in read(path).cells[0].source.splitlines() if line.startswith("> ")]
+    assert not lines or lines[0].endswith((".", ".)", "?"))
+
+
 @each_page
 def test_an_engine_page_says_what_it_is_for(path):
     assert prose_share(read(path)) >= 0.2

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'READ', 'family_of', 'name_of', 'spaced', 'draw_mark', 'draw_names', 'legend_of', 'draw_protection',
-           'present']
+           'present', 'rate_in_words', 'way_in_words', 'change_in_words', 'units_in_words', 'harder_in_words',
+           'in_sentences']
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-002
+import math
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,7 +17,9 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from scipy.optimize import isotonic_regression
 from .freezing import LABELS, label
-from ..figures import COLOURS
+from .report import in_words
+from ..figures import COLOURS, cell_text
+from ..verdicts import CONTROLS
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-004
 FAMILIES = {  # name -> colour, mark, how its ways' names begin
@@ -152,3 +156,60 @@ READ = {
 def present(table: pd.DataFrame, names: dict[str, str] = READ) -> dict[str, str]:
     "The names of those columns that a table has; a run may not have asked for all."
     return {column: name for column, name in names.items() if column in table}
+
+# %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-021
+def rate_in_words(row: pd.Series, column: str) -> str:  # a share of the table
+    "A rate in percent, with its interval where it has one."
+    value, *interval = cell_text(row, column, True).split(" ", 1)
+    return " ".join([f"{value} %", *interval])
+
+
+def way_in_words(row: pd.Series) -> str:  # of the table
+    "A way's rates, and what it costs."
+    return (
+        f"- *{row['name']}*: attack success {rate_in_words(row, 'attack_success')}, over-refusal "
+        f"{rate_in_words(row, 'over_refusal')}, perplexity of the training pairs "
+        f"{row.training_ratio:.2f} times full fine-tuning's. It keeps utility: {row.utility}."
+    )
+
+
+def change_in_words(row: pd.Series, column: str) -> str:  # e.g. "against_full"
+    "A change of attack success in points; where there is none: not measured."
+    ends = [row.get(f"{column}{end}", math.nan) for end in ("", "_low", "_high")]
+    return in_words(*ends, unit="points")
+
+# %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-022
+def units_in_words(plain: pd.DataFrame) -> list[str]:  # the rows of the plain condition
+    "Each set of the paper against full fine-tuning, and against as many random units."
+    rows = plain.set_index("way")
+    return [
+        f"- *{row['name']}*: {change_in_words(row, 'against_full')} against full fine-tuning, "
+        f"{change_in_words(row, f'against_{CONTROLS[way]}')} against as many random units."
+        for way, row in rows.loc[rows.index.isin(list(CONTROLS))].iterrows()
+    ]
+
+
+def harder_in_words(rows: pd.DataFrame) -> str:  # of one condition
+    "Attack success after full fine-tuning, and the way that lowers it most."
+    lowest, full = rows.loc[rows.attack_success.idxmin()], rows.set_index("way").loc["full"]
+    return (
+        f"- *{lowest.condition}*: {rate_in_words(full, 'attack_success')} after full fine-tuning. "
+        f"Lowest: {rate_in_words(lowest, 'attack_success')} with *{lowest['name']}*, at an "
+        f"over-refusal of {rate_in_words(lowest, 'over_refusal')}."
+    )
+
+# %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-023
+def in_sentences(table: pd.DataFrame) -> str:  # from `protection_table`, with names
+    "What the comparison comes to, as markdown."
+    plain, harder = (table[(table.condition == "plain") == is_plain] for is_plain in (True, False))
+    ways = plain[plain.way != "full"]
+    safe, counts = ways[ways.safety == "holds"], ways.safety.value_counts()
+    said = [f"Of {len(ways)} ways **{len(safe)} keep safety**, {counts.get('fails', 0)} fail, "]
+    said[0] += f"and {counts.get('open', 0)} stay open."
+    said += ["", *(way_in_words(row) for _, row in safe.iterrows())]
+    if units := units_in_words(plain):
+        said += ["", "What frozen units change of attack success:", "", *units]
+    if len(harder):
+        said += ["", "Attack success under harder conditions:", ""]
+        said += [harder_in_words(rows) for _, rows in harder.groupby("condition", sort=False)]
+    return "\n".join(said)
