@@ -1,5 +1,6 @@
 """Zero-shot tasks on made-up questions, without a network."""
 
+import random
 import socket
 from pathlib import Path
 
@@ -121,7 +122,9 @@ def test_zero_shot_reads_local_files_only(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "local_task_file", task_file)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     model, state = tiny_model().train(), np.random.get_state()[1].copy()
+    drawn = random.getstate()
     table = zero_shot(model, tiny_tokenizer(), tasks=list(STOCK_TASKS), limit=3)
+    assert random.getstate() == drawn
     assert table.task.tolist() == list(STOCK_TASKS)
     assert set(SIX) < set(STOCK_TASKS)
     assert (table.n == 3).all()

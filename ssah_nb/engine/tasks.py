@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['STOCK_TASKS', 'SIX', 'questions_of', 'task_definition', 'check_tasks', 'write_tasks', 'check_answers', 'harness_of',
-           'score_row', 'check_harness', 'ask', 'zero_shot']
+           'score_row', 'random_state_kept', 'check_harness', 'ask', 'zero_shot']
 
 # %% ../../nbs/engine/tasks.ipynb #tasks-002
 import contextlib
 import io
 import math
+import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,6 +141,16 @@ def score_row(task: str, found: dict) -> dict:  # found: what the harness return
     return row | {"acc_norm": scores.get("acc_norm,none", math.nan)}
 
 # %% ../../nbs/engine/tasks.ipynb #e11644d9
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    "Inside, Python's random numbers may be drawn; afterwards the caller's go on where they were."
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 def check_harness():
     "Raise `SsahError` when the harness is not installed."
     try:
@@ -183,7 +194,7 @@ def zero_shot(
     check_harness()
     from lm_eval.tasks import TaskManager
 
-    with tempfile.TemporaryDirectory() as folder, evaluating(model):
+    with tempfile.TemporaryDirectory() as folder, evaluating(model), random_state_kept():
         write_tasks(tasks, Path(folder), limit)
         manager = TaskManager(include_path=folder, include_defaults=False)
         harness = harness_of(model, tokenizer, batch_size)
