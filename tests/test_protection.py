@@ -1,5 +1,6 @@
 """The comparison: its cases, that they are kept, its table, and its page on the tiny model."""
 
+import gzip
 import json
 import math
 import os
@@ -32,8 +33,10 @@ from ssah_nb.engine.protection import (
     first_words,
     harmful_pairs,
     kept_case,
+    load_cases,
     outcomes_of,
     run_cases,
+    save_cases,
     training_pairs,
 )
 from ssah_nb.engine.run import Run, SsahError
@@ -203,6 +206,27 @@ def test_a_way_that_diverged_is_kept_and_leaves_the_others_their_rows(run):
     assert rows.perplexity["replay"] == fine.perplexity["replay"]
     assert rows.utility["replay"] in ("not measured", "fails")
     assert case_table(whole).training_perplexity.isna().tolist() == [False, False, True, True]
+
+
+def test_the_table_can_be_made_of_the_saved_outcomes(tmp_path):
+    start = kept(Case("aligned", 0)) | {"case": vars(Case("aligned", 0))}
+    cases = [start, *(kept(case) for case in CASES)]
+    save_cases(tmp_path / "cases.jsonl.gz", cases)
+    first, *others = load_cases(tmp_path / "cases.jsonl.gz")
+    pd.testing.assert_frame_equal(
+        protection_table(others, first), protection_table(cases[1:], cases[0])
+    )
+
+
+def test_a_file_that_holds_no_cases_is_refused_by_name(tmp_path):
+    wrong = {"cut": b"\x1f\x8b", "text": b"{}", "empty": gzip.compress(b"")}
+    wrong |= {"other": gzip.compress(b'{"a": 1}\n'), "list": gzip.compress(b"[1]\n")}
+    for name, data in wrong.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(SsahError, match=f"{name}.*save_cases"):
+            load_cases(tmp_path / name)
+    with pytest.raises(SsahError, match="missing.*save_cases"):
+        load_cases(tmp_path / "missing")
 
 
 def test_the_estimate_counts_what_is_left(run):

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['OPENING', 'PREFILLED', 'CONDITIONS', 'Asked', 'unused_prompts', 'even_sample', 'asked_of', 'first_words', 'Judging',
            'answered', 'losses_of', 'margins_of', 'prefilled_answers', 'save_said', 'outcomes_of', 'Case',
-           'fingerprint', 'without', 'numbers_of', 'kept_case', 'give_back_memory', 'run_cases', 'estimate',
-           'Condition', 'poison_size', 'harmful_pairs', 'training_pairs']
+           'fingerprint', 'without', 'numbers_of', 'kept_case', 'give_back_memory', 'run_cases', 'save_cases',
+           'load_cases', 'estimate', 'Condition', 'poison_size', 'harmful_pairs', 'training_pairs']
 
 # %% ../../nbs/engine/protection.ipynb #protection-002
+import gzip
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -266,6 +268,27 @@ def run_cases(
     if len(set(names)) < len(names):
         raise SsahError("a case is listed twice; name each way, order and condition once")
     return side_by_side(once, cases, device)
+
+# %% ../../nbs/engine/protection.ipynb #protection-cases-1
+def save_cases(path: str | Path, cases: Sequence[dict]):  # path: e.g. cases.jsonl.gz
+    "Write cases, one line of JSON each, compressed."
+    lines = [json.dumps(without(case, None), allow_nan=False) + "\n" for case in cases]
+    write_atomic(path, gzip.compress("".join(lines).encode(), mtime=0))
+
+
+def load_cases(path: str | Path) -> list[dict]:  # written by `save_cases`
+    "The cases, as `run_cases` gave them. Raises `SsahError` for a file that holds no cases."
+    try:
+        lines = gzip.decompress(Path(path).read_bytes()).decode().splitlines()
+        cases = [numbers_of(json.loads(line)) for line in lines]
+        missing = [case for case in cases if not {"case", "done", "outcomes"} <= case.keys()]
+    except (OSError, EOFError, zlib.error, ValueError, AttributeError) as error:
+        raise SsahError(
+            f"{path} cannot be read as cases ({error}); give a file of save_cases"
+        ) from None
+    if missing or not cases:
+        raise SsahError(f"{path} holds no cases of a comparison; give a file of save_cases")
+    return cases
 
 # %% ../../nbs/engine/protection.ipynb #protection-018
 def estimate(

@@ -175,8 +175,8 @@ def way_in_words(row: pd.Series) -> str:  # of the table
 
 def change_in_words(row: pd.Series, column: str) -> str:  # e.g. "against_full"
     "A change of attack success in points; where there is none: not measured."
-    ends = [row.get(f"{column}{end}", math.nan) for end in ("", "_low", "_high")]
-    return in_words(*ends, unit="points")
+    value, low, high = (row.get(f"{column}{end}", math.nan) for end in ("", "_low", "_high"))
+    return in_words(value, low, high, "points")
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-022
 def units_in_words(plain: pd.DataFrame) -> list[str]:  # the rows of the plain condition
@@ -202,9 +202,10 @@ def harder_in_words(rows: pd.DataFrame) -> str:  # of one condition
 def in_sentences(table: pd.DataFrame) -> str:  # from `protection_table`, with names
     "What the comparison comes to, as markdown."
     plain, harder = (table[(table.condition == "plain") == is_plain] for is_plain in (True, False))
-    ways = plain[plain.way != "full"]
+    ways = plain[(plain.way != "full") & ~plain.way.str.startswith("random")]
     safe, counts = ways[ways.safety == "holds"], ways.safety.value_counts()
-    said = [f"Of {len(ways)} ways **{len(safe)} keep safety**, {counts.get('fails', 0)} fail, "]
+    said = [f"Of {len(ways)} ways (controls not counted) **{len(safe)} keep safety**, "]
+    said[0] += f"{counts.get('fails', 0)} fail, "
     said[0] += f"and {counts.get('open', 0)} stay open."
     said += ["", *(way_in_words(row) for _, row in safe.iterrows())]
     if units := units_in_words(plain):
