@@ -38,7 +38,7 @@ def place(
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-007
 UNIT_WORDS = {
     "points": " points",
-    "share": " % of units",
+    "share": " % of the class",
     "perplexity": " perplexity",
     "cosine": " cosine",
 }
@@ -159,7 +159,7 @@ def draw_words(ax: plt.Axes, y: float, row) -> None:
 def draw_scales(ax: plt.Axes, bottom: float) -> None:
     "The three scales, below the rows."
     names = {
-        "points": "points, % of units",
+        "points": "points, % of a class",
         "perplexity": "perplexity",
         "cosine": "cosine distance",
     }
