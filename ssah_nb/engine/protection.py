@@ -9,11 +9,9 @@ __all__ = ['OPENING', 'PREFILLED', 'CONDITIONS', 'Asked', 'unused_prompts', 'eve
            'load_cases', 'estimate', 'Condition', 'poison_size', 'harmful_pairs', 'training_pairs']
 
 # %% ../../nbs/engine/protection.ipynb #protection-002
-import gzip
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +37,8 @@ from .splits import Splits
 # %% ../../nbs/engine/protection.ipynb #protection-mem0
 import ctypes
 import gc
+import gzip
+import zlib
 from contextlib import suppress
 
 # %% ../../nbs/engine/protection.ipynb #protection-005

@@ -140,7 +140,7 @@ def score_row(task: str, found: dict) -> dict:  # found: what the harness return
     row = {"task": task, "accuracy": rate.value, "low": rate.low, "high": rate.high, "n": n}
     return row | {"acc_norm": scores.get("acc_norm,none", math.nan)}
 
-# %% ../../nbs/engine/tasks.ipynb #e11644d9
+# %% ../../nbs/engine/tasks.ipynb #tasks-random-state
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
     "Inside, Python's random numbers may be drawn; afterwards the caller's go on where they were."
@@ -150,7 +150,7 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(state)
 
-
+# %% ../../nbs/engine/tasks.ipynb #e11644d9
 def check_harness():
     "Raise `SsahError` when the harness is not installed."
     try:
