@@ -216,6 +216,9 @@ class Drill:
         while command.poll() is None and self.said.read_text().count(": start") < len(chapters):
             time.sleep(0.05)
         time.sleep(0.8 * wait)
+        if self.said.read_text().count(": done") >= len(chapters):  # too late, it was faster
+            command.wait()
+            return self.interrupt()
         with contextlib.suppress(ProcessLookupError):  # it has ended
             for _ in range(3):
                 os.killpg(command.pid, signal.SIGINT)
