@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPENING', 'PREFILLED', 'CONDITIONS', 'Asked', 'unused_prompts', 'even_sample', 'asked_of', 'first_words', 'Judging',
            'answered', 'losses_of', 'margins_of', 'prefilled_answers', 'save_said', 'outcomes_of', 'Case',
-           'fingerprint', 'without', 'numbers_of', 'kept_case', 'give_back_memory', 'run_cases', 'save_cases',
-           'load_cases', 'estimate', 'Condition', 'poison_size', 'harmful_pairs', 'training_pairs']
+           'fingerprint', 'without', 'json_of', 'numbers_of', 'kept_case', 'give_back_memory', 'run_cases',
+           'save_cases', 'load_cases', 'estimate', 'Condition', 'poison_size', 'harmful_pairs', 'training_pairs']
 
 # %% ../../nbs/engine/protection.ipynb #protection-002
 import hashlib
@@ -221,6 +221,11 @@ def without(value: Any, gap: float | None) -> Any:  # gap: None in a file, NaN i
     return gap if value is None or infinite else value
 
 
+def json_of(found: dict) -> str:  # a case, as it was made
+    "A case as one line of JSON; a number that is not finite is null."
+    return json.dumps(without(found, None), allow_nan=False)
+
+
 def numbers_of(found: dict) -> dict:  # a case, as it was made or as it is kept
     "The case with NaN for each number that is missing."
     parts = found.keys() & {"done", "outcomes"}
@@ -261,7 +266,7 @@ def run_cases(
         found = {"case": asdict(case), "fingerprint": print_of} | work(case)
         give_back_memory()
         path = run.path("protection", f"{case.name}.json")
-        write_atomic(path, json.dumps(without(found, None), allow_nan=False).encode())
+        write_atomic(path, json_of(found).encode())
         return numbers_of(found)
 
     names = [case.name for case in cases]
@@ -272,8 +277,8 @@ def run_cases(
 # %% ../../nbs/engine/protection.ipynb #protection-cases-1
 def save_cases(path: str | Path, cases: Sequence[dict]):  # path: e.g. cases.jsonl.gz
     "Write cases, one line of JSON each, compressed."
-    lines = [json.dumps(without(case, None), allow_nan=False) + "\n" for case in cases]
-    write_atomic(path, gzip.compress("".join(lines).encode(), mtime=0))
+    lines = "\n".join(map(json_of, cases))
+    write_atomic(path, gzip.compress(lines.encode(), mtime=0))
 
 
 def load_cases(path: str | Path) -> list[dict]:  # written by `save_cases`

@@ -204,10 +204,12 @@ def in_sentences(table: pd.DataFrame) -> str:  # from `protection_table`, with n
     plain, harder = (table[(table.condition == "plain") == is_plain] for is_plain in (True, False))
     ways = plain[(plain.way != "full") & ~plain.way.str.startswith("random")]
     safe, counts = ways[ways.safety == "holds"], ways.safety.value_counts()
-    said = [f"Of {len(ways)} ways (controls not counted) **{len(safe)} keep safety**, "]
-    said[0] += f"{counts.get('fails', 0)} fail, "
-    said[0] += f"and {counts.get('open', 0)} stay open."
-    said += ["", *(way_in_words(row) for _, row in safe.iterrows())]
+    said = [
+        f"Of {len(ways)} ways (controls not counted) **{len(safe)} keep safety**, "
+        f"{counts.get('fails', 0)} fail, and {counts.get('open', 0)} stay open.",
+        "",
+    ]
+    said += [*(way_in_words(row) for _, row in safe.iterrows())]
     if units := units_in_words(plain):
         said += ["", "What frozen units change of attack success:", "", *units]
     if len(harder):
