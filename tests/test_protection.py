@@ -16,7 +16,7 @@ from helpers import one_line
 
 from ssah_nb.engine.claims import anchoring_rows, measure, protection_rows, read_claims
 from ssah_nb.engine.data import toy_benign, toy_harmful
-from ssah_nb.engine.drawings.protection import draw_protection, family_of, spaced
+from ssah_nb.engine.drawings.protection import draw_orders, draw_protection, family_of, spaced
 from ssah_nb.engine.evaluation import attack_success, over_refusal, perplexity
 from ssah_nb.engine.intervals import rate_difference, wilson
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
@@ -321,6 +321,21 @@ def test_the_figure_has_each_way_and_its_name(table):
     assert places.min() >= 0 and places.max() <= 100
 
 
+def test_the_figure_of_orders_begins_with_the_mildest():
+    at = {("aligned", 0): 5, ("full", 1): 40, ("full", 2): 10, ("replay", 2): 3, ("replay", 1): 6}
+    rows = [
+        {"way": w, "order": o} | wilson(k, 50).columns("attack_success") for (w, o), k in at.items()
+    ]
+    (ax,) = draw_orders(pd.DataFrame(rows)).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "1"]
+    drawn = {}
+    for marks in ax.containers:
+        x, y, _ = (*marks.lines[0].get_data(), None)
+        drawn[marks.get_label()] = {round(place): round(rate) for place, rate in zip(x, y)}
+    assert drawn == {"full fine-tuning": {1: 80, 0: 20}, "replay of 16 refusals": {0: 6, 1: 12}}
+    assert [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] == [10]
+
+
 def rates(held, order, success):
     row = {"held": held, "order": order}
     for column in ("attack_success", "over_refusal"):
@@ -340,9 +355,10 @@ def test_claims_about_orders_are_decided_by_the_worst_one():
 
 
 def test_claims_without_their_table_are_not_measured(table):
-    ours = read_claims().query("table in ['anchoring', 'protection']")
+    ours = read_claims().query("table in ['anchoring', 'protection', 'orders']")
     assert len(ours) > 5 and set(ours.experiment) == {"D"}
-    none = {"anchoring": anchoring_rows(None), "protection": protection_rows(None)}
+    none = {"anchoring": anchoring_rows(None)}
+    none |= {name: protection_rows(None) for name in ("protection", "orders")}
     assert all(measure(none, claim)[1] == 0 for claim in ours.to_dict("records"))
     rows = {"protection": protection_rows(table)}
     claim = ours[ours.row == "plain: replay"].iloc[0].to_dict()

@@ -89,12 +89,17 @@ def start_of(folder: Path, run: Run | None = None) -> dict:  # run: the one unde
     return {name: parameters[name] for name in STARTS if name in parameters}
 
 
-def with_comparison(tables: dict[str, pd.DataFrame], folder: Path, start: dict) -> dict:
-    "The tables, with that of the comparison in a folder, where it began with `start`, too."
+def with_comparison(
+    tables: dict[str, pd.DataFrame],  # from `report_tables`
+    folder: Path,  # the figures of a comparison
+    start: dict,  # what the judged run began with
+    name: str = "protection",  # of the table among the others
+) -> dict[str, pd.DataFrame]:
+    "The tables, with that of a comparison which began with `start`, too."
     path = folder / "protection.csv"
-    if "protection" in tables or not path.exists() or not start or start_of(folder) != start:
+    if name in tables or not path.exists() or not start or start_of(folder) != start:
         return tables
-    return tables | {"protection": pd.read_csv(path)}
+    return tables | {name: pd.read_csv(path)}
 
 # %% ../../nbs/engine/claims.ipynb #claims-008
 def probe_rows(
@@ -175,6 +180,7 @@ def rows_by_name(
         "budget": budget[budget.objective != "dpo"].set_index("trained"),
         "anchoring": anchoring_rows(tables.get("07_anchoring")),
         "protection": protection_rows(tables.get("protection")),
+        "orders": protection_rows(tables.get("orders")),
     }
 
 # %% ../../nbs/engine/claims.ipynb #claims-014

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'READ', 'family_of', 'name_of', 'spaced', 'draw_mark', 'draw_names', 'legend_of', 'draw_protection',
-           'present', 'rate_in_words', 'way_in_words', 'change_in_words', 'units_in_words', 'harder_in_words',
-           'in_sentences']
+           'finish_orders', 'side_of', 'draw_orders', 'present', 'rate_in_words', 'way_in_words', 'change_in_words',
+           'units_in_words', 'harder_in_words', 'in_sentences']
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-002
 import math
@@ -130,6 +130,48 @@ def draw_protection(
     ax.set_xlabel(f"training perplexity reached, in times that of full fine-tuning{words}")
     ax.set_ylabel("attack success after training (%)")
     ax.legend(**legend_of(table))
+    fig.tight_layout()
+    plt.close(fig)
+    return fig
+
+# %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-o2
+def finish_orders(
+    ax: plt.Axes,
+    orders: list[int],  # from left to right
+    before: pd.Series,  # attack success of the aligned model in percent; may be empty
+) -> None:
+    "The axes, the dotted line of the start, and the legend."
+    for rate in before:
+        ax.axhline(rate, color="0.3", linestyle=":", zorder=1, label="aligned model, before")
+    ax.set_xticks(range(len(orders)), orders)
+    ax.set_xlabel("order of the data, the mildest for full fine-tuning first")
+    ax.set_ylabel("attack success (%)")
+    ax.set_ylim(-3, 103)
+    ax.legend(fontsize=8, loc="upper left")
+
+# %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-o3
+def side_of(ways: list[str]) -> dict[str, float]:  # keys of `WAYS`
+    "How far right of its order each way stands; together they fill 0.6 of the room."
+    places = np.linspace(-0.3, 0.3, len(ways)) if len(ways) > 1 else [0.0]
+    return dict(zip(ways, map(float, places)))
+
+
+def draw_orders(
+    cases: pd.DataFrame,  # of `case_table`, under one condition; "full" in every order
+) -> plt.Figure:
+    "Attack success of each way in each order of the data, the mildest order first."
+    start, trained = (cases[(cases.way == "aligned") == first] for first in (True, False))
+    full = trained[trained.way == "full"].sort_values("attack_success", kind="stable")
+    place = {order: x for x, order in enumerate(full.order)}
+    fig, ax = plt.subplots(figsize=(7.6, 3.6))
+    for way, right in side_of(list(dict.fromkeys(trained.way))).items():
+        rows = trained[trained.way == way]
+        rate, low, high = (100 * rows[f"attack_success{e}"] for e in ("", "_low", "_high"))
+        colour, mark, _ = FAMILIES[family_of(way)]
+        x, ends = rows.order.map(place) + right, [rate - low, high - rate]
+        look: dict[str, Any] = {"color": colour, "fmt": mark, "elinewidth": 0.8}
+        ax.errorbar(x, rate, yerr=ends, label=name_of(way), markersize=5, **look)
+    finish_orders(ax, full.order.tolist(), 100 * start.attack_success)
     fig.tight_layout()
     plt.close(fig)
     return fig
