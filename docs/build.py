@@ -22,9 +22,13 @@ from ssah_nb.engine.figures import readable
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "docs/_build/source"
 EXECUTED = ROOT / "runs/embedded/notebooks"
-PAGES = ("tried.md", "contributing.md", "changelog.md")
 COVERAGE = ROOT / "docs/coverage.csv"
-PAPERS = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}  # page -> file
+PAPERS = {  # page -> file
+    "tried": "docs/tried.md",
+    "contributing": "CONTRIBUTING.md",
+    "changelog": "CHANGELOG.md",
+}
+MADE = {"figures": "results.md", "docs/architectures.csv": "architectures.md"}  # from -> page
 COMPARED = ROOT / "runs/protection/notebooks"  # the page beside the chapters
 
 
@@ -218,12 +222,12 @@ def write_coverage() -> None:
 
 
 def keep_link(match: re.Match) -> str:
-    """A link of the README as the site has it: pages stay, files come along, folders are words."""
+    """A link of a page as the site has it: pages stay, files come along, folders are words."""
     words, target = match.groups()
-    target = target.removeprefix("nbs/").removeprefix("docs/")
-    target = next((f"{page}.md" for page, file in PAPERS.items() if file == target), target)
-    if "://" in target or target.startswith("#") or target.endswith((".ipynb", *PAGES)):
-        return f"[{words}]({target})"
+    target = target.removeprefix("../")  # of a page in docs/
+    pages = MADE | {file: f"{page}.md" for page, file in PAPERS.items()}
+    if "://" in target or target.startswith("#") or target in pages or target.endswith(".ipynb"):
+        return f"[{words}]({pages.get(target, target.removeprefix('nbs/'))})"
     if not (ROOT / target).is_file():
         return words
     kept = SOURCE / target
@@ -233,7 +237,7 @@ def keep_link(match: re.Match) -> str:
 
 
 def write_papers() -> None:
-    """CONTRIBUTING and CHANGELOG as pages."""
+    """CONTRIBUTING, CHANGELOG and what was tried as pages."""
     for name, file in PAPERS.items():
         text = re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", keep_link, (ROOT / file).read_text())
         (SOURCE / f"{name}.md").write_text(text)
@@ -246,7 +250,7 @@ def write_index(chapters: list[Path], pages: list[Path]) -> None:
     lists = {
         "Chapters": [path.stem for path in chapters],
         "Engine": [str(path.relative_to(ROOT / "nbs").with_suffix("")) for path in pages],
-        "Reference": ["api", "architectures", "results", "coverage", "tried", *PAPERS],
+        "Reference": ["api", "architectures", "results", "coverage", *PAPERS],
     }
     for caption, names in lists.items():
         listed = "\n".join(names)
@@ -257,7 +261,7 @@ def write_index(chapters: list[Path], pages: list[Path]) -> None:
 def main() -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     SOURCE.mkdir(parents=True)
-    for name in ("conf.py", "_static", "tried.md"):
+    for name in ("conf.py", "_static"):
         source = ROOT / "docs" / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, SOURCE / name)
     write_index(*write_notebooks())
