@@ -151,8 +151,8 @@ def finish_orders(
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-o3
 def side_of(ways: list[str]) -> dict[str, float]:  # keys of `WAYS`
-    "How far right of its order each way stands; together they fill 0.6 of the room."
-    places = np.linspace(-0.3, 0.3, len(ways)) if len(ways) > 1 else [0.0]
+    "How far right of its order each way stands; together they fill 0.44 of the room."
+    places = np.linspace(-0.22, 0.22, len(ways)) if len(ways) > 1 else [0.0]
     return dict(zip(ways, map(float, places)))
 
 
