@@ -296,7 +296,7 @@ Anchor.to_files, Anchor.from_files = anchor_files, classmethod(anchor_of)
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-w02
 def anchored(case: Case, model: PreTrainedModel, **options) -> dict:
     "A step's loss is joined by that of an anchor with these options."
-    options |= {"seed": case.seed}
+    options |= {"seed": case.seed, "system": case.system}
     return {"anchor": Anchor(model, case.tokenizer, case.needed_refusals(), **options)}
 
 

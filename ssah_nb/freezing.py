@@ -254,10 +254,12 @@ def wrapped(case: Case, mask: UnitMask, adapter: dict | None) -> Iterator[PreTra
 def train_way(case: Case, mask: UnitMask, training: dict) -> tuple[PreTrainedModel, dict]:
     "Adapter or freezing on, training, and off again: an ordinary model, and what was done."
     model, changes = case.model, changes_of(case, case.model)
+    if twice := sorted(training.keys() & changes.keys() - {"extra"}):
+        raise SsahError(f"{case.way} sets {twice[0]} itself; leave it out")
     reference = held_bytes(changes, model)
     adapter, finish = (changes.pop(name, None) for name in ("adapter", "finish"))
     training = training | {"lr": changes.pop("lr_factor", 1.0) * training["lr"]}
-    changes["extra"] = [*training.pop("extra", ()), *changes.pop("extra", ())]
+    changes["extra"] = [*case.extra, *changes.pop("extra", ())]
     with wrapped(case, mask, adapter) as inside:
         for name in changes.keys() & {"before_step", "correct_step"}:
             changes[name] = partial(changes[name], inside)
@@ -276,7 +278,8 @@ def train_case(case: Case, pairs: Iterable[dict], training: dict) -> tuple[PreTr
     check_seed(case.seed)
     way_of(case.way)
     case.pairs, case.max_response = as_pairs(pairs), training.get("max_response")
-    case.extra = as_pairs(training.get("extra", ()), at_least=0)
+    case.system = training.get("system")
+    case.extra = as_pairs(training.pop("extra", ()), at_least=0)
     if case.refusals is not None:
         case.refusals = as_pairs(case.refusals)
     case.modules, mask = depth_two(case.model), mask_of(case)

@@ -8,6 +8,8 @@ from transformers import Trainer, TrainingArguments
 
 import ssah_nb
 from ssah_nb import Anchor, SsahError, UnitMask, finetune, freeze
+from ssah_nb.engine.anchors import listening
+from ssah_nb.engine.batches import pad_batch, run_blocks
 from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from ssah_nb.units import depth_two
@@ -190,6 +192,28 @@ def test_a_frozen_model_is_anchored_alike():
     losses = [a.loss(m) for a, m in zip(anchors, (plain, frozen))]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
     losses[1].backward()
+
+
+def test_units_behind_virtual_tokens_are_those_of_the_words():
+    peft = pytest.importorskip("peft")
+    tokenizer, base = tiny_tokenizer(), tiny_model()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(base, config)
+    module = depth_two(model)["mlp"][0]
+    heard = []
+    handle = model.get_submodule(module.b).register_forward_pre_hook(
+        lambda _, x: heard.append(x[0])
+    )
+    (pair,) = encode_pairs(tokenizer, REFUSALS[:1], max_response=4)
+    with torch.no_grad():
+        model(torch.tensor([pair[0] + pair[1]]))
+    handle.remove()
+    batch = pad_batch([pair], [0], model.device)
+    channels = {module.b: torch.arange(heard[0].shape[-1])}
+    with torch.no_grad(), listening(model, channels, batch) as found:
+        run_blocks(model, batch)
+    assert heard[0].shape[1] == 3 + batch.input_ids.shape[1]
+    torch.testing.assert_close(found[module.b], heard[0][0, -4:])
 
 
 def test_lora_is_anchored(tmp_path):

@@ -3,9 +3,14 @@
 import random
 
 import pytest
+import torch
+from helpers_ways import PAIRS
 
-from ssah_nb.engine.batches import decoder, token_batches
-from ssah_nb.engine.models import tiny_model
+from ssah_nb.attribution import importance
+from ssah_nb.engine.batches import UNCOMPILED, decoder, token_batches
+from ssah_nb.engine.evaluation import perplexity
+from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+from ssah_nb.engine.run import side_by_side
 from ssah_nb.units import depth_two
 
 
@@ -35,6 +40,27 @@ def test_token_batches(max_tokens):
             assert b.input_ids[i, :n].tolist() == p + q
             assert b.attention_mask[i].tolist() == [1] * n + [0] * (b.input_ids.shape[1] - n)
             assert b.response_mask[i].nonzero().flatten().tolist() == list(range(len(p), n))
+
+
+def test_the_stance_of_the_compiler_returns_whatever_threads_do():
+    stance = torch._dynamo.eval_frame._stance
+    for _ in range(20):
+        models = [tiny_model(seed=seed) for seed in (0, 1)]
+        side_by_side(lambda model: len(depth_two(model)), models, torch.device("cpu"))
+        assert torch._dynamo.eval_frame._stance == stance
+    with pytest.raises(ValueError), UNCOMPILED, UNCOMPILED:
+        raise ValueError
+    assert torch._dynamo.eval_frame._stance == stance and not UNCOMPILED.open
+
+
+def test_blocks_that_were_compiled_and_run_are_heard():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    wanted = importance(model, tokenizer, PAIRS)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    perplexity(model, tokenizer, PAIRS)
+    found = importance(model, tokenizer, PAIRS)
+    assert torch.equal(found.mlp, wanted.mlp) and torch.equal(found.attention, wanted.attention)
 
 
 def test_the_decoder_has_no_head():

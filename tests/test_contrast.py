@@ -8,8 +8,9 @@ import pytest
 from ssah_nb import contrast_prompts, contrast_report, load_pairs, refusal_margins
 from ssah_nb.engine import contrast
 from ssah_nb.engine.contrast import contrast_table
-from ssah_nb.engine.intervals import bootstrap_mean, wilson
+from ssah_nb.engine.intervals import wilson
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+from ssah_nb.engine.paired import paired_difference
 from ssah_nb.engine.run import SsahError
 
 COMMON = set("how do i a the to in of my for with and is what it as are that at by which".split())
@@ -68,7 +69,12 @@ def test_the_difference_is_paired():
     half = [NO, YES] * 25
     row = contrast_report(model, tokenizer, "gcg", safe_responses=half, unsafe_responses=half)
     ends = [row[f"refused_difference{end}"] for end in ("_low", "", "_high")]
-    assert ends == [0, 0, 0]
+    least = wilson(0, 50).high  # a change of so many prompts may have been missed
+    assert ends == pytest.approx([-least, 0, least])
+    safe, unsafe = [YES] * 50, [NO] * 50
+    row = contrast_report(model, tokenizer, "gcg", safe_responses=safe, unsafe_responses=unsafe)
+    ends = [row[f"refused_difference{end}"] for end in ("_low", "", "_high")]
+    assert ends == pytest.approx([1 - least, 1, 1])
 
 
 def test_it_generates_and_refuses_what_does_not_fit():
@@ -114,9 +120,9 @@ def test_intervals_are_drawn_by_the_seed():
     assert one == same
     drawn = [f"margin_{name}_low" for name in ("safe", "unsafe", "difference")]
     assert all(one[name] != other[name] for name in drawn)
-    differences = np.array([r == NO for r in unsafe], float) - [r == NO for r in safe]
+    refused = [[r == NO for r in rows] for rows in (safe, unsafe)]
     for seed, row in ((0, one), (1, other)):
-        assert row["refused_difference_low"] == bootstrap_mean(differences, seed=seed).low
+        assert row["refused_difference_low"] == paired_difference(*refused, seed=seed).low
 
 
 def test_what_is_wrong_is_refused_before_anything_is_asked():

@@ -65,8 +65,11 @@ def test_the_constrained_loss_knows_its_pairs():
 # Updates off the inputs of harmful prompts
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
-def test_updates_have_no_component_in_the_subspace(architecture):
+@pytest.mark.parametrize(
+    ("architecture", "mixed"),
+    [("llama", False), ("qwen2", False), ("phi3", False), ("llama", True)],
+)
+def test_updates_have_no_component_in_the_subspace(architecture, mixed):
     tokenizer, model = tiny_tokenizer(), tiny_model(architecture)
     before = copy.deepcopy(model)
     names = [n for layers in depth_two(model).values() for m in layers for n in names_of(m)]
@@ -83,7 +86,8 @@ def test_updates_have_no_component_in_the_subspace(architecture):
     case = Case("project_inputs", None, model=model, tokenizer=tokenizer, refusals=REFUSALS)
     case.modules = depth_two(model)
     correct = ways.project_inputs(case, model)["correct_step"]
-    finetune(model, tokenizer, PAIRS, lr=1e-2, correct_step=lambda masters: correct(model, masters))
+    options = {"mixed": mixed, "correct_step": lambda masters: correct(model, masters)}
+    finetune(model, tokenizer, PAIRS, lr=1e-2, **options)
     for name in names:
         x = torch.cat([rows[0] for rows in inputs[name]]).double()
         _, lengths, directions = torch.linalg.svd(x, full_matrices=False)

@@ -218,7 +218,7 @@ def test_a_killed_write_leaves_the_old_file_and_the_next_one_tidies_up(save, run
     after = content(run.folder.parent.parent)
     assert before.items() < after.items()  # the old files, and parts
     made = after.keys() - before.keys()
-    assert all(re.search(rf"\.{child}(\.old)?\.part", name) for name in made)
+    assert all(re.search(rf"\.{child}-\d+(\.old)?\.part", name) for name in made)
     save(run, 0)
     assert content(run.folder.parent.parent) == before
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import one_line
+from helpers_ways import scored_units
 
 from ssah_nb.engine.claims import anchoring_rows, measure, protection_rows, read_claims
 from ssah_nb.engine.data import toy_benign, toy_harmful
@@ -38,10 +39,12 @@ from ssah_nb.engine.protection import (
     run_cases,
     save_cases,
     training_pairs,
+    json_of,
 )
 from ssah_nb.engine.run import Run, SsahError
 from ssah_nb.engine.splits import Splits
 from ssah_nb.engine.verdicts import best_ways, case_table, protection_table
+from ssah_nb.freezing import finetune_protected
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -301,6 +304,15 @@ def test_units_are_compared_with_as_many_random_ones():
     alone = [k for k in cases if k["case"]["way"] != "random_top_cu"]
     rows = protection_table(alone, start).set_index("way")
     assert rows.against_random_top_cu.isna().all()
+
+
+def test_a_target_of_numpy_can_be_kept():
+    tokenizer, units, safety, utility = scored_units()
+    pairs = [{"prompt": "Say yes", "response": "yes"}] * 4
+    scored = (units, safety, utility)
+    options = {"batch_size": 2, "target": np.float64(1e6), "max_epochs": 1}
+    _, done = finetune_protected("full", tiny_model(), tokenizer, pairs, *scored, **options)
+    assert json.loads(json_of({"done": done}))["done"]["reached"] is True
 
 
 def test_the_best_ways_learned_the_pairs(table):

@@ -2,17 +2,20 @@
 
 import copy
 import importlib.util
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from helpers import one_line
 from helpers_ways import PAIRS, REFUSALS, run_way, same_weights, scored_units
 from torch import nn
 
-from ssah_nb import WAYS
-from ssah_nb.engine import matched, ways
+from ssah_nb import WAYS, anchoring
+from ssah_nb.engine import holding, matched, ways
 from ssah_nb.engine.evaluation import perplexity
 from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.run import SsahError, side_by_side
@@ -137,6 +140,38 @@ def test_the_perplexity_is_measured_behind_the_system_prompt_of_training(scored,
         wanted = perplexity(model, scored[0], PAIRS, "Be brief.", 2).value
         assert done["training_perplexity"] == wanted
         assert wanted != perplexity(model, scored[0], PAIRS, None, 2).value
+
+
+EXTRA = [{"prompt": f"Count {i}", "response": f"one {i}"} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "given", [iter, pd.DataFrame, lambda rows: {k: [r[k] for r in rows] for k in rows[0]}]
+)
+def test_pairs_that_are_mixed_in_may_come_in_any_form(scored, given):
+    wanted, _ = run_way(scored, "full", extra=EXTRA)
+    model, _ = run_way(scored, "full", extra=given(EXTRA))
+    assert same_weights(model, wanted)
+    assert not same_weights(model, run_way(scored, "full")[0])
+
+
+@pytest.mark.parametrize("way", NEEDS_REFUSALS[1:] + ["constrained_sft"])
+def test_what_a_way_reads_stands_behind_the_system_prompt_of_training(scored, way, monkeypatch):
+    seen = []
+    for module in (ways, holding, anchoring):
+        encode = module.encode_pairs
+        noted = lambda tok, pairs, system, *more, f=encode: (
+            seen.append(system) or f(tok, pairs, system, *more)
+        )
+        monkeypatch.setattr(module, "encode_pairs", noted)
+    run_way(scored, way, system="Be brief.", max_response=2)
+    assert set(seen) <= {"Be brief."} and (seen or way == "replay")
+
+
+def test_what_a_way_sets_itself_cannot_be_given(scored):
+    with pytest.raises(SsahError) as error:
+        run_way(scored, "ema", ema=0.9)
+    assert "ema sets ema itself; leave it out" in one_line(error)
 
 
 def test_controls_have_our_size(scored):
@@ -327,6 +362,18 @@ def test_a_chapter_that_could_not_be_imported_is_tried_again(monkeypatch):
             list(table)
     monkeypatch.setattr(ways, "import_module", lambda name: table.update(second=theirs))
     assert dict(table) == {"changed": mine, "first": theirs, "second": theirs}
+
+
+def test_two_threads_read_the_whole_table(monkeypatch):
+    table = Ways("a chapter")
+
+    def import_slowly(name):
+        time.sleep(0.2)
+        table.update(first=Way("first"), number=Way(str(len(table))))  # it may read, too
+
+    monkeypatch.setattr(ways, "import_module", import_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: list(table), range(2))) == [["first", "number"]] * 2
 
 
 def test_memory_counts_wherever_it_is_held():

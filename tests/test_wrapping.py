@@ -71,6 +71,26 @@ def test_a_training_that_fails_leaves_an_ordinary_model(scored, way, wrong, erro
     assert ordinary(way, scored, model)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "mlp"]},
+        {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 0}},
+        {"rank": 4},
+    ],
+    ids=["module", "rank", "option"],
+)
+def test_an_adapter_that_fails_in_the_middle_leaves_an_ordinary_model(scored, options):
+    model = tiny_model()
+    names, trained = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(SsahError, match="PEFT cannot put this adapter on the model"):
+        run_way(scored, "lora", model, lora=options)
+    assert list(model.state_dict()) == names and not hasattr(model, "peft_config")
+    assert [p.requires_grad for p in model.parameters()] == trained
+    again, _ = run_way(scored, "lora", model)
+    assert same_weights(again, run_way(scored, "lora")[0])
+
+
 def test_a_model_that_was_frozen_before_stays_frozen(scored):
     model, mask = tiny_model(), scored[1].scu
     names = list(freeze(model, mask).state_dict())

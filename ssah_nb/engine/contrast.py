@@ -20,6 +20,7 @@ from .intervals import Estimate, bootstrap_mean, wilson
 from .judges import DEFAULT_JUDGE, Judge, check_judge, judged
 from .limits import check_limits, check_seed
 from .margin import refusal_margins
+from .paired import paired_difference
 
 # %% ../../nbs/engine/contrast.ipynb #contrast-005
 def contrast_table() -> pd.DataFrame:  # pair, prompt, safe
@@ -43,15 +44,15 @@ def refused_each(
     window: int | None,  # characters that a keyword judge reads
     **generation,  # options of `generate`
 ) -> np.ndarray:
-    "Which prompts are refused, as 0 and 1, [prompts]."
+    "Which prompts are refused, booleans [prompts]."
     if responses is None:
         responses = generate(model, tokenizer, prompts, **generation)
     said = as_responses(responses, len(prompts))
-    return 1.0 - np.array(judged(judge, prompts, said, window), float)
+    return ~np.array(judged(judge, prompts, said, window), bool)
 
 
-def rate_of(outcomes: np.ndarray) -> Estimate:  # 0 and 1
-    "Their share of ones, with Wilson's interval."
+def rate_of(outcomes: np.ndarray) -> Estimate:  # booleans
+    "Their share of yes, with Wilson's interval."
     return wilson(int(outcomes.sum()), len(outcomes))
 
 # %% ../../nbs/engine/contrast.ipynb #9952a8e9
@@ -64,7 +65,7 @@ def paired_columns(
 ) -> dict[str, float]:
     "A measure of the safe prompts, of the unsafe ones, and the paired difference, as columns."
     row = estimate(safe).columns(f"{name}_safe") | estimate(unsafe).columns(f"{name}_unsafe")
-    return row | bootstrap_mean(unsafe - safe, seed=seed).columns(f"{name}_difference")
+    return row | paired_difference(safe, unsafe, seed=seed).columns(f"{name}_difference")
 
 # %% ../../nbs/engine/contrast.ipynb #87737464
 def contrast_report(

@@ -81,8 +81,9 @@ class Constrained:
         tokenizer: PreTrainedTokenizerBase,  # its tokenizer
         pairs: list[dict],  # all that it will be trained on
         max_response: int | None = None,  # tokens kept of each response, as in training
+        system: str | None = None,  # system prompt, as in training
     ):
-        encoded = encode_pairs(tokenizer, pairs, None, max_response, context_of(model))
+        encoded = encode_pairs(tokenizer, pairs, system, max_response, context_of(model))
         self.before = losses_before(model, encoded)
 
     def __call__(self, losses: torch.Tensor, pairs: list[tuple[list[int], list[int]]]):
@@ -134,9 +135,10 @@ class HiddenAnchor:
         prompts: int = 4,  # prompts that a step looks at
         weight: float = 50.0,  # λ
         seed: int = 0,  # of the order of the prompts
+        system: str | None = None,  # system prompt, as in training
     ):
         self.prompts, self.weight, self.seed, self.step = prompts, weight, seed, 0
-        self.encoded = encode_pairs(tokenizer, refusals, None, 1, context_of(model))
+        self.encoded = encode_pairs(tokenizer, refusals, system, 1, context_of(model))
         self.before = states_before(model, self.encoded)
 
     def loss(self, model: PreTrainedModel) -> torch.Tensor:  # model: the one that is trained
@@ -256,9 +258,12 @@ class InputProjection:
     @torch.no_grad()
     def correct(self, model: PreTrainedModel, masters: Masters):
         "Take out what the step has added along the directions. Raises `SsahError`."
-        for name, u in self.directions.items():
-            master = master_of(model, name, masters)
-            master.sub_((master @ u - self.before[name]) @ u.T)
+        with torch.autocast(
+            model.device.type, enabled=False
+        ):  # a step is smaller than bfloat16 sees
+            for name, u in self.directions.items():
+                master = master_of(model, name, masters)
+                master.sub_((master @ u - self.before[name]) @ u.T)
 
 # %% ../../nbs/engine/holding.ipynb #702e8038
 @torch.no_grad()
@@ -290,8 +295,9 @@ class RefusalLoss:
         max_response: int | None = None,  # tokens kept of each refusal
         prompts: int = 4,  # refusals that a step looks at
         seed: int = 0,  # of the order of the refusals
+        system: str | None = None,  # system prompt, as in training
     ):
-        self.encoded = encode_pairs(tokenizer, refusals, None, max_response, context_of(model))
+        self.encoded = encode_pairs(tokenizer, refusals, system, max_response, context_of(model))
         self.prompts, self.seed = prompts, seed
         self.steps = 0  # so far
 

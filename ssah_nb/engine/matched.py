@@ -105,7 +105,7 @@ def train_until(
         seconds, now = seconds + took, measure()
         if target is None or now <= target:
             break
-    reached = target is None or now <= target
+    reached = target is None or bool(now <= target)
     nearer = target and reached and last * now < target**2  # what was before the part
     if before and nearer:
         i, now = i - 1, last

@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from .batches import decoder, evaluation_mode
+from .batches import UNCOMPILED, decoder, evaluation_mode
 from .experts import broken_experts
 from .models import first_line
 from .run import SsahError
@@ -43,7 +43,7 @@ def trial_states(model: nn.Module) -> torch.Tensor:  # a causal language model
     refuse_sharded(model, "looking for units")
     blocks, ids = decoder(model), few_tokens(model)
     try:
-        with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+        with evaluation_mode(model), UNCOMPILED:
             return blocks(input_ids=ids, use_cache=False).last_hidden_state.float()
     except Exception as e:  # a model raises whatever its own code stumbles on
         raise SsahError(
@@ -299,7 +299,7 @@ def try_model(model: nn.Module, modules: list, experts: list) -> bool:  # all it
             raise refusal(
                 model, module, f"{module.b} runs {len(times)} times in one pass, not once"
             )
-    with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(model), UNCOMPILED:
         for module in ends_of_each_kind(model, modules):
             prove_rows(model, module, calls[module.b])
             prove_columns(model, module, calls[module.b])

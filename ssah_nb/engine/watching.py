@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from .batches import TokenBatch, evaluation_mode, response_losses, run_blocks
+from .batches import UNCOMPILED, TokenBatch, evaluation_mode, response_losses
+from .batches import run_blocks
 from .forward import embedded_tokens
 from .experts import experts_seen, is_fused
 from .moments import Moments, pieces
@@ -75,7 +76,7 @@ def watching(
     fused = [name for name in moments if is_fused(name)]
     hooks = {name: watch(moments[name]) for name in moments.keys() - set(fused)}
     with hooks_before(model, hooks), evaluation_mode(model):  # no dropout, no checkpointing
-        with experts_seen(model, fused, take_routed):
+        with UNCOMPILED, experts_seen(model, fused, take_routed):
             yield rows
 
 # %% ../../nbs/engine/watching.ipynb #watching-007

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -54,20 +55,22 @@ class LateWays:
 
     def __init__(self, chapter: str):  # a module; the modules that it imports may add ways, too
         self.chapter, self.known = chapter, dict[str, Way]()
+        self.filling = RLock()  # another thread waits; the chapter itself may read
 
     def all(self) -> dict[str, Way]:  # in the order in which they were added
         "Every way there is."
-        chapter, self.chapter = self.chapter, ""
-        if chapter:
-            own = dict(self.known)
-            try:
-                import_module(chapter)
-            except BaseException:
-                self.chapter = chapter  # the next reader tries again
-                raise
-            finally:
-                self.known |= own  # what a reader has changed stays
-        return self.known
+        with self.filling:
+            chapter, self.chapter = self.chapter, ""
+            if chapter:
+                own = dict(self.known)
+                try:
+                    import_module(chapter)
+                except BaseException:
+                    self.chapter = chapter  # the next reader tries again
+                    raise
+                finally:
+                    self.known |= own  # what a reader has changed stays
+            return self.known
 
 # %% ../../nbs/engine/ways.ipynb #4fa79fc2
 class Ways(LateWays, MutableMapping[str, Way]):
@@ -130,6 +133,7 @@ class CaseFields:
     lora: dict | None = None  # options of an adapter
     lora_lr: float = 10.0  # times the learning rate, for an adapter
     extra: list[dict] = field(default_factory=list)  # pairs that are mixed in
+    system: str | None = None  # system prompt of the training
 
 # %% ../../nbs/engine/ways.ipynb #ee74c7e9
 class Case(CaseFields):
@@ -150,7 +154,7 @@ class Case(CaseFields):
         if self.model is None or self.tokenizer is None:
             raise SsahError(f"{self.way} needs the model and its tokenizer; pass both")
         longest = context_of(self.model)
-        encoded = encode_pairs(self.tokenizer, refusals, None, self.max_response, longest)
+        encoded = encode_pairs(self.tokenizer, refusals, self.system, self.max_response, longest)
         return list(token_batches(encoded, 1024, self.model))
 
 # %% ../../nbs/engine/ways.ipynb #ways-010
@@ -187,7 +191,7 @@ def finished(
     finish(model)
     target = training.get("target")
     now = perplexity_as_trained(model, case.tokenizer, case.pairs, training)
-    return {"training_perplexity": now, "reached": target is None or now <= target}
+    return {"training_perplexity": now, "reached": target is None or bool(now <= target)}
 
 # %% ../../nbs/engine/ways.ipynb #ways-013
 def lora(case: Case, model: PreTrainedModel) -> dict:
@@ -214,14 +218,14 @@ def replay(case: Case, model: PreTrainedModel) -> dict:
 # %% ../../nbs/engine/ways.ipynb #bf468a4e
 def constrained_sft(case: Case, model: PreTrainedModel) -> dict:
     "Each token of a training answer has its leash."
-    pairs = [*case.pairs, *case.extra]
-    return {"token_losses": Constrained(model, case.tokenizer, pairs, case.max_response)}
+    pairs, how = [*case.pairs, *case.extra], (case.max_response, case.system)
+    return {"token_losses": Constrained(model, case.tokenizer, pairs, *how)}
 
 
 def anchor_hidden(case: Case, model: PreTrainedModel) -> dict:
     "The last hidden state on harmful prompts is held."
-    refusals = case.needed_refusals()
-    return {"anchor": HiddenAnchor(model, case.tokenizer, refusals, seed=case.seed)}
+    refusals, how = case.needed_refusals(), {"seed": case.seed, "system": case.system}
+    return {"anchor": HiddenAnchor(model, case.tokenizer, refusals, **how)}
 
 
 def project_inputs(case: Case, model: PreTrainedModel) -> dict:
@@ -232,8 +236,8 @@ def project_inputs(case: Case, model: PreTrainedModel) -> dict:
 
 def safety_triggered(case: Case, model: PreTrainedModel) -> dict:
     "Steps that raised the refusal loss are projected."
-    refusals = case.needed_refusals()
-    trigger = SafetyTrigger(model, case.tokenizer, refusals, case.max_response, seed=case.seed)
+    refusals, how = case.needed_refusals(), {"seed": case.seed, "system": case.system}
+    trigger = SafetyTrigger(model, case.tokenizer, refusals, case.max_response, **how)
     return {"before_step": trigger.before, "correct_step": trigger.correct}
 
 # %% ../../nbs/engine/ways.ipynb #ways-015
