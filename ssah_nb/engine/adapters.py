@@ -41,12 +41,14 @@ def all_or_none(model: nn.Module) -> Iterator[None]:  # it gets an adapter insid
     trained = {p: p.requires_grad for p in model.parameters()}
     try:
         yield
-    except Exception as e:  # PEFT raises whatever the options make it stumble on
+    except BaseException as e:  # PEFT raises whatever the options make it stumble on
         take_off(model, before)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
         for p, flag in trained.items():
             p.requires_grad_(flag)
+        if not isinstance(e, Exception):  # Ctrl-C
+            raise
         raise SsahError(
             f"PEFT cannot put this adapter on the model ({first_line(e)}); change its options"
         ) from None
