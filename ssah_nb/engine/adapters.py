@@ -33,7 +33,7 @@ def take_off(model: nn.Module, before: Iterable[str]):  # before: names that car
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, carrier.get_base_layer())
 
-
+# %% ../../nbs/engine/adapters.ipynb #adapters-whole-2
 @contextmanager
 def all_or_none(model: nn.Module) -> Iterator[None]:  # it gets an adapter inside
     "Where PEFT fails inside, the model is as it was. Raises `SsahError`."
