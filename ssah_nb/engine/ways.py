@@ -218,14 +218,14 @@ def replay(case: Case, model: PreTrainedModel) -> dict:
 # %% ../../nbs/engine/ways.ipynb #bf468a4e
 def constrained_sft(case: Case, model: PreTrainedModel) -> dict:
     "Each token of a training answer has its leash."
-    pairs, how = [*case.pairs, *case.extra], (case.max_response, case.system)
-    return {"token_losses": Constrained(model, case.tokenizer, pairs, *how)}
+    given = model, case.tokenizer, [*case.pairs, *case.extra]
+    return {"token_losses": Constrained(*given, case.max_response, case.system)}
 
 
 def anchor_hidden(case: Case, model: PreTrainedModel) -> dict:
     "The last hidden state on harmful prompts is held."
-    refusals, how = case.needed_refusals(), {"seed": case.seed, "system": case.system}
-    return {"anchor": HiddenAnchor(model, case.tokenizer, refusals, **how)}
+    given = model, case.tokenizer, case.needed_refusals()
+    return {"anchor": HiddenAnchor(*given, seed=case.seed, system=case.system)}
 
 
 def project_inputs(case: Case, model: PreTrainedModel) -> dict:
@@ -236,8 +236,8 @@ def project_inputs(case: Case, model: PreTrainedModel) -> dict:
 
 def safety_triggered(case: Case, model: PreTrainedModel) -> dict:
     "Steps that raised the refusal loss are projected."
-    refusals, how = case.needed_refusals(), {"seed": case.seed, "system": case.system}
-    trigger = SafetyTrigger(model, case.tokenizer, refusals, case.max_response, **how)
+    given = model, case.tokenizer, case.needed_refusals(), case.max_response
+    trigger = SafetyTrigger(*given, seed=case.seed, system=case.system)
     return {"before_step": trigger.before, "correct_step": trigger.correct}
 
 # %% ../../nbs/engine/ways.ipynb #ways-015
