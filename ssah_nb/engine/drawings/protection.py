@@ -143,7 +143,7 @@ def finish_orders(
     "The axes, the dotted line of the start, and the legend."
     for rate in before:
         ax.axhline(rate, color="0.3", linestyle=":", zorder=1, label="aligned model, before")
-    ax.set_xticks(range(len(orders)), orders)
+    ax.set_xticks(range(len(orders)), map(str, orders))
     ax.set_xlabel("order of the data, the mildest for full fine-tuning first")
     ax.set_ylabel("attack success (%)")
     ax.set_ylim(-3, 103)
