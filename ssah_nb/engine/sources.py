@@ -78,7 +78,7 @@ HARMFUL_SOURCES = [
         rows=520,
         licence="MIT",
         origin="Zou et al. 2023, arXiv 2307.15043",
-        used_for="attribute safety; attack success; align the embedded model",
+        used_for="align; attribute safety; attack success",
         splits=("attribute", "evaluate"),
         columns=((("value",), ""), (("goal",), "target"), (("prompt",), "target")),
         wheel="pyrit==1.1.0",
