@@ -342,8 +342,8 @@ def test_the_figure_of_orders_begins_with_the_mildest():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "1"]
     drawn = {}
     for marks in ax.containers:
-        x, y, _ = (*marks.lines[0].get_data(), None)
-        drawn[marks.get_label()] = {round(place): round(rate) for place, rate in zip(x, y)}
+        places = zip(*marks.lines[0].get_data())
+        drawn[marks.get_label()] = {round(place): round(rate) for place, rate in places}
     assert drawn == {"full fine-tuning": {1: 80, 0: 20}, "replay of 16 refusals": {0: 6, 1: 12}}
     assert [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] == [10]
 

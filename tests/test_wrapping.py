@@ -81,6 +81,7 @@ def test_a_training_that_fails_leaves_an_ordinary_model(scored, way, wrong, erro
     ids=["module", "rank", "option"],
 )
 def test_an_adapter_that_fails_in_the_middle_leaves_an_ordinary_model(scored, options):
+    pytest.importorskip("peft")
     model = tiny_model()
     names, trained = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
     with pytest.raises(SsahError, match="PEFT cannot put this adapter on the model"):

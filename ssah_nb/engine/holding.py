@@ -258,9 +258,8 @@ class InputProjection:
     @torch.no_grad()
     def correct(self, model: PreTrainedModel, masters: Masters):
         "Take out what the step has added along the directions. Raises `SsahError`."
-        with torch.autocast(
-            model.device.type, enabled=False
-        ):  # a step is smaller than bfloat16 sees
+        # in full precision, since a step is smaller than bfloat16 sees
+        with torch.autocast(model.device.type, enabled=False):
             for name, u in self.directions.items():
                 master = master_of(model, name, masters)
                 master.sub_((master @ u - self.before[name]) @ u.T)
