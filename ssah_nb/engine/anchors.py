@@ -32,6 +32,7 @@ from .limits import check_seed, is_finite, is_whole
 from .run import SsahError
 from .sharded import refuse_sharded
 from .tensors import check_tensors
+from .watching import hooks_before
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-005
 def turn(
@@ -80,24 +81,20 @@ def listening(
     batch: TokenBatch,  # what the model will read
 ) -> Iterator[dict[str, torch.Tensor]]:
     "While open, a forward pass fills the dict: name -> [response tokens, chosen channels]."
-    heard: dict[str, torch.Tensor] = {}
+    heard, mask = dict[str, torch.Tensor](), batch.response_mask
 
-    def hook_of(name: str, linear: nn.Module):
-        places = places_of(linear, channels[name])
+    def hook_of(name: str) -> Callable:
+        places = places_of(model.get_submodule(name), channels[name])
 
         def hook(_, inputs):
-            own = inputs[0][:, -batch.response_mask.shape[1] :]  # virtual tokens come before them
-            said = own[batch.response_mask.to(own.device)]
+            words = inputs[0][:, -mask.shape[1] :]  # behind virtual tokens
+            said = words[mask.to(words.device)]
             heard[name] = said.index_select(-1, places.to(said.device))
 
-        return linear.register_forward_pre_hook(hook)
+        return hook
 
-    handles = [hook_of(name, model.get_submodule(name)) for name in channels]
-    try:
+    with hooks_before(model, {name: hook_of(name) for name in channels}):
         yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-023
 def answer_logits(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:

@@ -88,7 +88,7 @@ def start_of(folder: Path, run: Run | None = None) -> dict:  # run: the one unde
     parameters = chapter.get("parameters", {})
     return {name: parameters[name] for name in STARTS if name in parameters}
 
-
+# %% ../../nbs/engine/claims.ipynb #claims-c03
 def with_comparison(
     tables: dict[str, pd.DataFrame],  # from `report_tables`
     folder: Path,  # the figures of a comparison

@@ -155,7 +155,7 @@ def side_of(ways: list[str]) -> dict[str, float]:  # keys of `WAYS`
     places = np.linspace(-0.22, 0.22, len(ways)) if len(ways) > 1 else [0.0]
     return dict(zip(ways, map(float, places)))
 
-
+# %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-o5
 def draw_orders(
     cases: pd.DataFrame,  # of `case_table`, under one condition; "full" in every order
 ) -> plt.Figure:
