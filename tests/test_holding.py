@@ -104,6 +104,31 @@ def names_of(m) -> set[str]:
     return {m.b, *(name for name, _ in m.a + m.shared)}
 
 
+def test_a_step_is_corrected_in_full_precision(monkeypatch):
+    model, tokenizer, casts, asked = tiny_model(), tiny_tokenizer(), {}, []
+    is_cast = lambda: torch.is_autocast_enabled("cpu")
+    note = {
+        name: lambda masters, name=name: casts.update({name: is_cast()})
+        for name in ("before_step", "correct_step")
+    }
+    finetune(model, tokenizer, PAIRS, lr=1e-2, mixed=True, **note)
+    assert casts == {"before_step": True, "correct_step": False}
+
+    plain = holding.response_losses
+    monkeypatch.setattr(
+        holding, "response_losses", lambda *_: (asked.append(is_cast()), plain(*_))[1]
+    )
+    for mixed in (True, False):
+        trigger = holding.SafetyTrigger(model, tokenizer, REFUSALS[:4])
+        hooks = {
+            "before_step": lambda masters: trigger.before(model, masters),
+            "correct_step": lambda masters: trigger.correct(model, masters),
+        }
+        finetune(model, tokenizer, PAIRS, lr=1e-2, mixed=mixed, **hooks)
+        assert asked == [mixed] * 2 * trigger.steps  # both losses of a step in its own products
+        asked.clear()
+
+
 # The gradient mask
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BETAS', 'ENERGY', 'ROOM', 'constrained_losses', 'key_of', 'losses_before', 'betas_of', 'Constrained', 'prompt_states',
            'states_before', 'HiddenAnchor', 'leading_directions', 'same_input', 'in_portions', 'input_squares',
-           'directions_of', 'master_of', 'InputProjection', 'project_step', 'RefusalLoss', 'SafetyTrigger',
-           'gradient_copy', 'unit_means', 'unit_gradients']
+           'directions_of', 'master_of', 'InputProjection', 'project_step', 'RefusalLoss', 'open_autocast',
+           'SafetyTrigger', 'gradient_copy', 'unit_means', 'unit_gradients']
 
 # %% ../../nbs/engine/holding.ipynb #holding-002
 import copy
@@ -258,11 +258,9 @@ class InputProjection:
     @torch.no_grad()
     def correct(self, model: PreTrainedModel, masters: Masters):
         "Take out what the step has added along the directions. Raises `SsahError`."
-        # in full precision, since a step is smaller than bfloat16 sees
-        with torch.autocast(model.device.type, enabled=False):
-            for name, u in self.directions.items():
-                master = master_of(model, name, masters)
-                master.sub_((master @ u - self.before[name]) @ u.T)
+        for name, u in self.directions.items():
+            master = master_of(model, name, masters)
+            master.sub_((master @ u - self.before[name]) @ u.T)
 
 # %% ../../nbs/engine/holding.ipynb #702e8038
 @torch.no_grad()
@@ -307,6 +305,12 @@ class RefusalLoss:
             return response_losses(model, pad_batch(self.encoded, rows, model.device)).mean()
 
 # %% ../../nbs/engine/holding.ipynb #holding-015
+def open_autocast(where: str) -> torch.autocast:  # a device type
+    "The autocast that is open now, or none, for `with` at another place."
+    dtype, enabled = torch.get_autocast_dtype(where), torch.is_autocast_enabled(where)
+    return torch.autocast(where, dtype, enabled)
+
+
 class SafetyTrigger(RefusalLoss):
     "`before_step` and `correct_step`: projects the steps that raised the refusal loss."
 
@@ -314,12 +318,14 @@ class SafetyTrigger(RefusalLoss):
 
     def before(self, model: PreTrainedModel, masters: Masters):
         "Note the loss and the weights before the step."
+        self.products = open_autocast(model.device.type)
         self.last = self.loss(model).item()
         self.start = [master.detach().clone() for master in masters.values()]
 
     def correct(self, model: PreTrainedModel, masters: Masters):
         "Project the step if the loss has risen."
-        loss = self.loss(model)
+        with self.products:
+            loss = self.loss(model)
         self.steps += 1
         if loss.item() <= self.last:
             return

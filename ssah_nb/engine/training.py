@@ -209,7 +209,9 @@ class Hooks:
             self.before_step(stepper.masters)
         stepper.step()
         if self.correct_step:
-            self.correct_step(stepper.masters)
+            # a step is smaller than bfloat16 sees
+            with torch.autocast(model.device.type, enabled=False):
+                self.correct_step(stepper.masters)
             stepper.follow()
         if self.after_step:
             self.after_step()
