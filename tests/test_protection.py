@@ -17,7 +17,8 @@ from helpers_ways import scored_units
 
 from ssah_nb.engine.claims import anchoring_rows, measure, protection_rows, read_claims
 from ssah_nb.engine.data import toy_benign, toy_harmful
-from ssah_nb.engine.drawings.protection import draw_orders, draw_protection, family_of, spaced
+from ssah_nb.engine.drawings.protection import by_condition, draw_orders, draw_protection, draw_ways
+from ssah_nb.engine.drawings.protection import family_of, spaced
 from ssah_nb.engine.evaluation import attack_success, over_refusal, perplexity
 from ssah_nb.engine.intervals import rate_difference, wilson
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
@@ -346,6 +347,37 @@ def test_the_figure_of_orders_begins_with_the_mildest():
         drawn[marks.get_label()] = {round(place): round(rate) for place, rate in places}
     assert drawn == {"full fine-tuning": {1: 80, 0: 20}, "replay of 16 refusals": {0: 6, 1: 12}}
     assert [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] == [10]
+
+
+def test_the_figure_of_ways_has_the_safest_on_top(table):
+    cases = case_table([kept(Case("aligned", 0)), *map(kept, CASES)])
+    fig = draw_ways(table, cases)
+    attack, *prices = fig.axes
+    names = [label.get_text() for label in attack.get_yticklabels()]
+    assert names == ["full fine-tuning", "replay of 16 refusals"]  # from the bottom
+    rows = table.sort_values("attack_success", ascending=False)
+    columns = ("attack_success", "training_ratio", "over_refusal")
+    for ax, column, factor in zip(fig.axes, columns, (100, 1, 100)):
+        drawn = [marks.lines[0].get_xdata()[0] for marks in ax.containers]
+        assert drawn == pytest.approx(factor * rows[column])
+    (each,) = [line.get_xdata() for line in attack.lines if line.get_marker() == "|"][:1]
+    assert sorted(each) == sorted(100 * cases[cases.way == "full"].attack_success)
+    start = cases[cases.way == "aligned"].iloc[0]
+    for ax, column in ((attack, "attack_success"), (prices[1], "over_refusal")):
+        dotted = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
+        assert dotted == [100 * start[column]]
+
+
+def test_a_table_of_conditions_is_folded():
+    rows = pd.DataFrame(
+        [("b", "hard", 0.5, "fails"), ("a", "hard", 0.25, "open"), ("b", "easy", 0.01, "holds")],
+        columns=["name", "condition", "attack_success", "safety"],
+    )
+    assert by_condition(rows, "attack_success").to_dict() == {
+        "hard": {"b": "50", "a": "25"},
+        "easy": {"b": "1.0", "a": "–"},
+    }
+    assert by_condition(rows, "safety").loc["b"].tolist() == ["fails", "holds"]
 
 
 def rates(held, order, success):
