@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from ssah_nb.engine.intervals import Estimate, bootstrap_mean, exp_of, rate_difference, wilson
-from ssah_nb.engine.paired import paired_difference, within
+from ssah_nb.engine.paired import paired_difference
+from ssah_nb.engine.verdicts import within
 from ssah_nb.engine.run import SsahError
 from ssah_nb.report import verdict
 

@@ -17,9 +17,9 @@ from ssah_nb.engine.paired import (
     paired_mean,
     resampled,
     spread,
-    verdict_of,
 )
 from ssah_nb.engine.run import SsahError
+from ssah_nb.engine.verdicts import verdict_of
 
 
 def slow_resamples(d, w):

@@ -84,6 +84,15 @@ def test_no_prompt_is_calibrated_trained_on_and_asked():
     assert not set(few.harmful) & set(few.poison) and len(few.harmful) == 4 + 6
 
 
+def test_more_benign_prompts_come_from_the_attribution_split():
+    splits, scored = split(), [{"prompt": f"Scored {i}", "response": "yes"} for i in range(9)]
+    splits.pairs["benign", "attribute"] = scored
+    of_evaluation = len(splits["benign", "evaluate"])
+    asked = asked_of(splits, [], SIZES | {"benign": of_evaluation + 2})
+    assert asked.benign == splits["benign", "evaluate"] + scored[:2]
+    assert asked_of(split(), [], SIZES | {"benign": 100}).benign == splits["benign", "evaluate"]
+
+
 def test_what_is_kept_is_what_the_measures_give(tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     asked = asked_of(split(), toy_harmful()[:10], SIZES)

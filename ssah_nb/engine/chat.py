@@ -73,7 +73,12 @@ def encode_prompts(
     return [bos + list(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 # %% ../../nbs/engine/chat.ipynb #chat-010
-def check_words(chat: Chat, row: int, response: str, written: str):
+def check_words(
+    chat: Chat,
+    row: int,  # of the pair
+    response: str,  # as it was given
+    written: str,  # the conversation as the template wrote it
+):
     "Raise `SsahError` for a thought, or where the text does not end with the response's words."
     if CLOSE in response and CLOSE in chat.own:
         raise SsahError(
@@ -111,8 +116,13 @@ def answer_texts(
     return told
 
 # %% ../../nbs/engine/chat.ipynb #chat-013
-def first_of_response(prompt: list[int], whole: list[int], ends: list[int] | None, at: int) -> int:
-    "Index of the response's first token; `ends`: each token's last character plus one."
+def first_of_response(
+    prompt: list[int],  # token ids of the text before the answer
+    whole: list[int],  # and of all
+    ends: list[int] | None,  # of each token of all, its last character plus one
+    at: int,  # characters of the text before the answer
+) -> int:
+    "Index of the response's first token."
     if ends is None:
         pairs = enumerate(zip(prompt, whole))
         return next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))

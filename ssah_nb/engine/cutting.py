@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Plan', 'MOST_CUT', 'inputs_off', 'inputs_seen', 'keep_rows', 'keep_columns', 'cut', 'cut_plan', 'can_stay',
-           'one_width', 'shapes', 'tell_width', 'whole_model', 'kept_units', 'saved_generation_config', 'fill']
+           'one_width', 'shapes', 'tell_width', 'whole_model', 'lists_units', 'kept_units', 'saved_generation_config',
+           'fill']
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-002
 import copy
@@ -87,14 +88,14 @@ def cut(model: nn.Module, plan: Plan):  # model: changed in place
 def cut_plan(
     model: nn.Module,  # uncut
     modules: dict[str, list],  # its depth-2 modules, {kind: one a layer}
-    kept: dict[str, torch.Tensor],  # {kind: bool [layers, bundles]}, whole groups
+    kept: dict[str, torch.Tensor],  # {kind: bool [layers, units]}, whole groups
 ) -> Plan:
     "Which rows and columns of each linear stay."
     plan: dict[str, Any] = {}
     for kind, layers in modules.items():
         for module, keep in zip(layers, kept[kind]):
-            for parts, bundles in ((module.a, keep), (module.shared, keep[:: module.group])):
-                stay = bundles.repeat_interleave(module.width)
+            for parts, units in ((module.a, keep), (module.shared, keep[:: module.group])):
+                stay = units.repeat_interleave(module.width)
                 for name, first in parts:
                     every = torch.ones(model.get_submodule(name).out_features, dtype=torch.bool)
                     rows, _ = plan.setdefault(name, (every, None))
@@ -105,9 +106,9 @@ def cut_plan(
 # %% ../../nbs/engine/cutting.ipynb #cutting-016
 def can_stay(
     modules: dict[str, list],  # as in `cut_plan`
-    off: dict[str, torch.Tensor],  # {kind: bool [layers, bundles]}, what shall go
+    off: dict[str, torch.Tensor],  # {kind: bool [layers, units]}, what shall go
 ) -> dict[str, torch.Tensor]:
-    "What stays when as much as possible of `off` goes: {kind: bool [layers, bundles]}."
+    "What stays when as much as possible of `off` goes: {kind: bool [layers, units]}."
     kept = {}
     for kind, layers in modules.items():
         group = layers[0].group
@@ -155,6 +156,9 @@ def tell_width(
     model.config.get_text_config().intermediate_size = width
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-019
+MOST_CUT = 50  # the whole model has at most so many times the weights that were kept
+
+
 def whole_model(
     folder: str | Path,  # where a cut model's save_pretrained wrote
     note: str,  # name of the configuration's entry that says what was cut
@@ -181,7 +185,10 @@ def whole_model(
         raise SsahError(f"no pruned model in {folder} ({first_line(e)}); {todo}") from None
 
 # %% ../../nbs/engine/cutting.ipynb #a127b70d
-MOST_CUT = 50  # the whole model has at most so many times the weights that were kept
+def lists_units(units: Any, n: int) -> bool:  # n: units of the layer
+    "Whether it names at least one unit of a layer by number."
+    some = isinstance(units, list) and bool(units)
+    return some and all(type(unit) is int and 0 <= unit < n for unit in units)
 
 
 def kept_units(
@@ -195,10 +202,9 @@ def kept_units(
         kept[kind] = torch.zeros(len(layers), layers[0].units, dtype=torch.bool)
         rows: Any = noted.get(kind) if isinstance(noted, dict) else None
         right = isinstance(rows, list) and len(rows) == len(layers)
+        right = right and all(lists_units(units, layers[0].units) for units in rows)
         for row, units in zip(kept[kind], rows if right else ()):
-            right = right and isinstance(units, list) and len(units) > 0
-            right = right and all(type(u) is int and 0 <= u < len(row) for u in units)
-            row[units if right else []] = True
+            row[units] = True
         whole = kept[kind].unflatten(1, (-1, layers[0].group))
         if not right or (whole.any(-1) != whole.all(-1)).any():
             raise SsahError(

@@ -45,7 +45,9 @@ def stop_ids(
     configured = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     turn = tokenizer(end_of_turn(tokenizer), add_special_tokens=False).input_ids
-    return sorted((ids | set(turn if len(turn) == 1 else [])) - {None})
+    if len(turn) == 1:  # a mark of several tokens cannot stop a generation
+        ids |= set(turn)
+    return sorted(ids - {None})
 
 # %% ../../nbs/engine/generation.ipynb #generation-009
 @contextlib.contextmanager

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'COLUMNS', 'SPEAKERS', 'OTHER_NAMES', 'STRAIGHT', 'UNSEEN', 'is_missing', 'as_text', 'first_of',
-           'is_message', 'are_named_sets', 'rows_of_columns', 'check_order', 'as_rows', 'one_turn', 'parts_of',
-           'at_least_one', 'as_system', 'as_prompts', 'as_pairs', 'as_responses', 'as_texts', 'as_verdicts',
+           'is_message', 'is_set_of_rows', 'are_named_sets', 'rows_of_columns', 'check_order', 'as_rows', 'one_turn',
+           'parts_of', 'at_least_one', 'as_system', 'as_prompts', 'as_pairs', 'as_responses', 'as_texts', 'as_verdicts',
            'as_preferences', 'normalised']
 
 # %% ../../nbs/engine/inputs.ipynb #inputs-003
@@ -68,19 +68,21 @@ def is_message(value) -> bool:
     )
 
 # %% ../../nbs/engine/inputs.ipynb #6a05e42f
+def is_set_of_rows(part: Any) -> bool:  # a value of a dict
+    "Whether it is a table, or a list of dicts; an empty list is one."
+    if isinstance(part, (list, tuple)):
+        return not part or isinstance(part[0], Mapping)
+    column = isinstance(part, (str, bytes, np.ndarray, pd.Series))
+    return isinstance(part, Iterable) and not column
+
+
 def are_named_sets(given) -> bool:  # what a user passed
     "Whether this is a dict of several sets of rows, and no dict of columns."
     if not isinstance(given, Mapping) or not given or set(given) & set(COLUMNS):
         return False
-    columns = (str, bytes, np.ndarray, pd.Series)
     if all(isinstance(part, (list, tuple)) and not part for part in given.values()):
         return False  # no rows, as of data[:0]
-    return not any(
-        isinstance(part, columns)
-        or not isinstance(part, Iterable)
-        or (isinstance(part, (list, tuple)) and part and not isinstance(part[0], Mapping))
-        for part in given.values()
-    )
+    return all(map(is_set_of_rows, given.values()))
 
 # %% ../../nbs/engine/inputs.ipynb #d23c460b
 def rows_of_columns(table: Mapping, what: str) -> list[dict]:  # what: the rows, for the error
@@ -252,9 +254,10 @@ def as_texts(
     "The paragraphs as strings, maybe empty ones. Raises `SsahError` naming what is no text."
     rows = [texts] if isinstance(texts, str) else as_rows(texts, "texts")
     found: list[Any] = [row.get("text") if isinstance(row, Mapping) else row for row in rows]
-    for i, text in enumerate(found):
-        as_text("" if isinstance(text, str) else text, f"row {i}", "text", isinstance(text, str))
-    return found
+    return [
+        as_text(text, f"row {i}", "text", may_be_empty=isinstance(text, str))
+        for i, text in enumerate(found)
+    ]
 
 # %% ../../nbs/engine/inputs.ipynb #6f9efc65
 def as_verdicts(
@@ -297,6 +300,7 @@ def normalised(text: str) -> str:  # any text
     apart = unicodedata.normalize("NFKD", text)  # letters and their accents
     seen = "".join(c for c in apart if c not in UNSEEN and unicodedata.category(c) != "Cf")
     folded = unicodedata.normalize("NFKD", seen.casefold()).casefold()
-    plain = unicodedata.normalize("NFKC", folded.replace(" \u0301", "'")).translate(STRAIGHT)
+    quoted = folded.replace(" \u0301", "'")  # a lone accent, ´, is now a blank and U+0301
+    plain = unicodedata.normalize("NFKC", quoted).translate(STRAIGHT)
     words = " ".join(plain.replace("''", '"').split())
     return words.rstrip(" .,;:!?。") or words

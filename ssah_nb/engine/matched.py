@@ -98,11 +98,14 @@ def train_until(
     target: float | None,  # perplexity to reach; None: the first part is enough
 ) -> dict:
     "{part, training_perplexity, reached, optimizer_mb, seconds}; part: the last one that counts."
-    trained, seconds, now = [p for p in model.parameters() if p.requires_grad], 0.0, math.inf
+    trained = [p for p in model.parameters() if p.requires_grad]
+    seconds, now = 0.0, math.inf
     for i in range(parts):
-        before, last = [p.detach().clone() for p in trained] if i else [], now
+        last = now
+        before = [p.detach().clone() for p in trained] if i else []
         took, megabytes = train(i)
-        seconds, now = seconds + took, measure()
+        seconds += took
+        now = measure()
         if target is None or now <= target:
             break
     reached = target is None or bool(now <= target)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'ARCHITECTURES', 'MIXTURES', 'TINY_SIZES', 'TINY_EXPERTS', 'EMBEDDED', 'tiny_tokenizer', 'tiny_model',
-           'first_line', 'hush', 'without_origin', 'read_gguf', 'load_gguf', 'read_pretrained', 'load_pretrained',
+           'first_line', 'hush', 'dequantized', 'read_gguf', 'load_gguf', 'read_pretrained', 'load_pretrained',
            'check_finite', 'load_named', 'load_model', 'replace_folder', 'save_model', 'given_stage', 'stage_name',
            'load_stage', 'is_mixed']
 
@@ -124,7 +124,7 @@ def hush():
         transformers_logging.disable_progress_bar()
 
 # %% ../../nbs/engine/models.ipynb #9b832545
-def without_origin(quantized: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def dequantized(quantized: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     "The same weights in an ordinary model, one that can be trained and saved."
     config = quantized.config.to_dict()
     config.pop("quantization_config", None)
@@ -163,7 +163,7 @@ def load_gguf(
             f"{path} is not a whole GGUF file of a supported model ({first_line(e)}); "
             "fetch it again"
         ) from None
-    model = without_origin(quantized, dtype)
+    model = dequantized(quantized, dtype)
     end = tokenizer.eos_token_id
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
     return model, tokenizer
@@ -338,7 +338,9 @@ def load_stage(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A model of this run. Raises `SsahError` when it is not there and cannot be made at once."
     model, tokenizer = load_model(stage_name(run, stage), run.dtype, run.device)
-    vars(model)["ssah_mixed"] = run.parameters["mixed"] = pick_mixed(run.mixed, model.device)
+    mixed = pick_mixed(run.mixed, model.device)
+    vars(model)["ssah_mixed"] = mixed
+    run.parameters["mixed"] = mixed  # for the manifest
     return model, tokenizer
 
 

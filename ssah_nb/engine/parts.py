@@ -359,12 +359,12 @@ def outside(
 ) -> list[str]:
     "Names of the trained parameters that belong to no unit."
     linears, b = tuple(f"{n}." for n in of_a + of_b), tuple(f"{n}." for n in of_b)
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad
-        and (not f"{name}.".startswith(linears) or name.startswith(b) and name.endswith(".bias"))
-    ]
+
+    def is_outside(name: str) -> bool:
+        bias_of_b = name.startswith(b) and name.endswith(".bias")
+        return bias_of_b or not f"{name}.".startswith(linears)
+
+    return [n for n, p in model.named_parameters() if p.requires_grad and is_outside(n)]
 
 # %% ../../nbs/engine/parts.ipynb #f7c0e9a7
 def check_trains(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'pick_device', 'kind_of', 'pick_dtype', 'bfloat16_speed', 'pick_mixed', 'show_progress', 'progress_shown',
-           'progress', 'at_once_here', 'side_by_side', 'project_root', 'Folders', 'figure_files', 'Written',
-           'machine_settings', 'Run', 'given_parameters', 'begin', 'processor', 'versions', 'read_run_table',
-           'finish_run', 'write_manifest']
+           'progress', 'at_once_here', 'side_by_side', 'project_root', 'Folders', 'read_run_table', 'figure_files',
+           'Written', 'machine_settings', 'Run', 'given_parameters', 'begin', 'processor', 'versions', 'finish_run',
+           'write_manifest']
 
 # %% ../../nbs/engine/run.ipynb #run-002
 import contextlib
@@ -184,6 +184,17 @@ class Folders:
         "A table that an earlier chapter of this run wrote. Raises `SsahError` without it."
         return read_run_table(self, name)
 
+# %% ../../nbs/engine/run.ipynb #run-028
+def read_run_table(run: Folders, name: str) -> pd.DataFrame:  # name: without its ending
+    "A table that an earlier chapter of this run wrote."
+    path = run.figures / f"{name}.csv"
+    if not path.exists():
+        raise SsahError(
+            f"{path} is not there; run the chapter that writes it, "
+            f"or `make reproduce PROFILE={run.profile}`"
+        )
+    return read_table(path)
+
 # %% ../../nbs/engine/run.ipynb #9ffdf63a
 def figure_files(
     place: Path,  # of the files, without their endings
@@ -325,17 +336,6 @@ def versions(
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[n] = metadata.version(n)
     return found
-
-# %% ../../nbs/engine/run.ipynb #run-028
-def read_run_table(run: Folders, name: str) -> pd.DataFrame:  # name: without its ending
-    "A table that an earlier chapter of this run wrote."
-    path = run.figures / f"{name}.csv"
-    if not path.exists():
-        raise SsahError(
-            f"{path} is not there; run the chapter that writes it, "
-            f"or `make reproduce PROFILE={run.profile}`"
-        )
-    return read_table(path)
 
 # %% ../../nbs/engine/run.ipynb #9b670bbe
 def finish_run(

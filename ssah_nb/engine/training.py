@@ -58,9 +58,12 @@ def training_mode(model: torch.nn.Module) -> Iterator[None]:  # any model
         model.eval()
 
 # %% ../../nbs/engine/training.ipynb #training-013
+Masters = dict[torch.nn.Parameter, torch.nn.Parameter]  # {trained: its float32 master}
+
+
 @contextmanager
 def gradients_to(
-    masters: dict[torch.nn.Parameter, torch.nn.Parameter],  # {trained: its float32 master}
+    masters: Masters,  # of all that is trained
 ) -> Iterator[None]:
     "Inside, each gradient is added to its master's as soon as it is there, and freed."
     for p in masters:
@@ -83,16 +86,16 @@ def gradients_to(
 def training_batches(
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`
     batch_size: int,  # pairs in a batch
-    chosen: random.Random,  # source of the order
+    rng: random.Random,  # source of the order
 ) -> list[list[int]]:
     "The rows of each batch of one epoch: shuffled, and of like length within a batch."
     rows = list(range(len(encoded)))
-    chosen.shuffle(rows)
+    rng.shuffle(rows)
     batches = []
     for i in range(0, len(rows), 8 * batch_size):
         group = sorted(rows[i : i + 8 * batch_size], key=lambda r: sum(map(len, encoded[r])))
         batches += [group[j : j + batch_size] for j in range(0, len(group), batch_size)]
-    chosen.shuffle(batches)
+    rng.shuffle(batches)
     return batches
 
 # %% ../../nbs/engine/training.ipynb #training-018
@@ -104,8 +107,8 @@ def rate_share(step: int, steps: int) -> float:  # this step, of so many
 
 # %% ../../nbs/engine/training.ipynb #training-021
 def backward_parts(
-    losses: Iterable[torch.Tensor],
-) -> float:  # each is freed before the next is made
+    losses: Iterable[torch.Tensor],  # of each part; each is freed before the next is made
+) -> float:
     "Add the gradients of all parts; the sum of their losses."
     total = 0.0
     for loss in losses:
@@ -164,9 +167,6 @@ class Stepper(FloatMasters):
         return sum(t.nbytes for t in tensors + [master for _, master in self.rounded])
 
 # %% ../../nbs/engine/training.ipynb #training-008
-Masters = dict[torch.nn.Parameter, torch.nn.Parameter]  # {trained: its float32 master}
-
-
 def check_loss(losses: list[float], lr: float):  # losses: of all steps so far
     "Raise `SsahError` when the last loss is no finite number."
     if not math.isfinite(losses[-1]):
@@ -209,7 +209,7 @@ class Hooks:
             self.before_step(stepper.masters)
         stepper.step()
         if self.correct_step:
-            # a step is smaller than bfloat16 sees
+            # bfloat16 would round a step away
             with torch.autocast(model.device.type, enabled=False):
                 self.correct_step(stepper.masters)
             stepper.follow()
@@ -316,7 +316,8 @@ def finetune(
     encoded = encode_pairs(tokenizer, as_pairs(pairs), system, max_response, context_of(model))
     batches = all_batches(encoded, epochs, batch_size, seed)
     parts = partial(response_parts, model, encoded, max_tokens, token_losses)
-    return optimize(model, batches, parts, lr, after_step, mixed, anchor, before_step, correct_step)
+    hooks = {"before_step": before_step, "correct_step": correct_step, "after_step": after_step}
+    return optimize(model, batches, parts, lr, mixed=mixed, anchor=anchor, **hooks)
 
 # %% ../../nbs/engine/training.ipynb #training-010
 def training_perplexity(

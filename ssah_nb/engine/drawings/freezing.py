@@ -39,7 +39,7 @@ LABELS = {
 
 # %% ../../../nbs/engine/drawings/freezing.ipynb #63b62d42
 def label(
-    way: str,  # a key of `WAYS` in chapter 6
+    way: str,  # a key of `WAYS` (page ways)
     share: float = 0.0,  # of all units: the top CU of "scu_top_cu" and its control
 ) -> str:
     "What a way is called in tables."
