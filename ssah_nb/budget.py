@@ -6,7 +6,6 @@
 __all__ = ['redundant_units', 'train_only', 'budget_masks', 'scu_masks', 'align_units', 'alignment_tax']
 
 # %% ../nbs/08_budget.ipynb #08-budget-002
-import copy
 from collections.abc import Callable
 
 import pandas as pd
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .attribution import Importance
 from .classes import check_ratios, classify, top_units
+from .engine.forward import copied
 from .freezing import freeze, merge
 from .units import UnitMask, check_mask
 
@@ -66,7 +66,7 @@ def align_units(
     train: Callable[[PreTrainedModel], object],  # trains a model in place
 ) -> tuple[PreTrainedModel, float]:
     "An aligned copy of the model, and the share of its parameters that was trained."
-    student = copy.deepcopy(model)
+    student = copied(model)
     if mask is not None:
         train_only(student, mask)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)

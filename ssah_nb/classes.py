@@ -8,7 +8,6 @@ __all__ = ['RATIO_OF', 'check_ratios', 'unit_weights', 'top_units', 'as_map', 'l
            'cut_copy', 'prune', 'load_pruned']
 
 # %% ../nbs/04_classes.ipynb #04-classes-018
-import copy
 import pandas as pd
 import torch
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from .engine.cutting import can_stay, cut, cut_plan, fill, inputs_off
 from .engine.cutting import kept_units, one_width
 from .engine.cutting import tell_width, whole_model
 from .engine.experts import experts_off, refuse_experts
+from .engine.forward import copied
 from .engine.inputs import as_rows
 from .engine.intervals import Estimate
 from .engine.limits import check_amounts, check_kind, check_shares
@@ -259,7 +259,7 @@ def cut_copy(model: PreTrainedModel, mask: UnitMask, plan: dict) -> PreTrainedMo
     for name in plan:
         plain_linear(model, name)
     with pruned(model, mask):
-        smaller, wanted = copy.deepcopy(model), trial_states(model)
+        smaller, wanted = copied(model), trial_states(model)
     cut(smaller, plan)
     check_cut(smaller, wanted)
     return smaller

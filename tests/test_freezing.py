@@ -19,11 +19,12 @@ from helpers_freezing import (
 from transformers import AutoModelForCausalLM
 
 from ssah_nb.budget import train_only
+from ssah_nb.classes import pruned
 from ssah_nb.engine.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from ssah_nb.engine.parts import adjacent, split_linears
 from ssah_nb.engine.training import finetune
 from ssah_nb.freezing import freeze, merge
-from ssah_nb.units import UnitMask
+from ssah_nb.units import UnitMask, depth_two
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -169,6 +170,55 @@ def test_what_was_switched_off_before_stays_off():
     }
     first = torch.tensor([[True], [False]])
     check_trained(after, before, UnitMask(half().mlp | first, half().attention | first))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral"])
+def test_what_was_pruned_returns_though_it_was_frozen_meanwhile(architecture):
+    model = tiny_model(architecture)
+    kinds = [torch.zeros(len(m), m[0].units, dtype=torch.bool) for m in depth_two(model).values()]
+    for chosen in kinds:
+        chosen[:, ::3] = True
+    mask, before = UnitMask(*kinds), snapshot(model)
+    with pruned(model, mask):
+        freeze(model, mask)
+    assert same(snapshot(model), before)
+    with pruned(merge(model), mask):
+        merge(freeze(model, mask))
+    assert same(snapshot(model), before)
+
+
+def test_flags_that_are_changed_while_frozen_stay_changed():
+    mask = half()
+    mask.attention[:] = False  # keys and values that are frozen whole have no flag meanwhile
+    model = freeze(tiny_model(), mask)
+    model.requires_grad_(False)
+    assert not any(p.requires_grad for p in merge(model).parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"])
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_hooks_stay_when_a_linear_is_frozen(name, kind):
+    model, calls = tiny_model(), []
+    linear = model.get_submodule(f"model.layers.0.{name}")
+    steer = torch.linspace(-1, 1, linear.in_features if kind == "before" else linear.out_features)
+
+    def after(module, inputs, output):
+        calls.append(1)
+        return output + steer
+
+    def before(module, inputs):
+        calls.append(1)
+        return (inputs[0] + steer,)
+
+    put = {"before": linear.register_forward_pre_hook, "after": linear.register_forward_hook}
+    handle = put[kind](before if kind == "before" else after)
+    wanted = model(LONG).logits
+    for changed in (freeze(model, half()), merge(model)):
+        calls.clear()
+        assert torch.allclose(changed(LONG).logits, wanted, atol=1e-5) and calls == [1]
+    handle.remove()
+    assert not torch.allclose(model(LONG).logits, wanted, atol=1e-2) and calls == [1]
 
 
 @pytest.mark.parametrize("tied", [False, True])

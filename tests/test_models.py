@@ -92,6 +92,29 @@ def test_a_full_disk_leaves_the_old_model(what, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    "other", ["notes.txt", "checkpoint-2", "README.md", "importance.safetensors"]
+)
+def test_saving_never_deletes_what_is_no_model(other, tmp_path):
+    folder = save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    (folder / other).mkdir() if other == "checkpoint-2" else (folder / other).write_text("mine")
+    before = {p.name for p in folder.iterdir()}
+    with pytest.raises(SsahError, match=f"holds {other}, .* choose another folder") as error:
+        save_model(tiny_model(seed=1), tiny_tokenizer(), folder)
+    one_line(error)
+    assert {p.name for p in folder.iterdir()} == before
+
+
+def test_an_adapter_alone_is_not_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(SsahError, match="merge it first: model.merge_and_unload") as error:
+        save_model(adapted, tiny_tokenizer(), folder)
+    one_line(error)
+    load_model(folder, device="cpu")
+
+
 def test_a_disk_that_takes_no_more(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     model, tokenizer = tiny_model(), tiny_tokenizer()

@@ -1,5 +1,7 @@
 """Freezing under the trainers that people use."""
 
+import copy
+
 import pytest
 import torch
 from helpers_freezing import (
@@ -15,8 +17,15 @@ from helpers_freezing import (
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from ssah_nb import SsahError, finetune
+from ssah_nb.classes import prune, pruned
+from ssah_nb.engine.batches import token_batches
+from ssah_nb.engine.chat import encode_pairs
+from ssah_nb.engine.forward import copied
+from ssah_nb.engine.holding import unit_gradients
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.freezing import freeze, merge
+from ssah_nb.units import depth_two
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +73,28 @@ def test_trl_sft(tmp_path):
         processing_class=tiny_tokenizer(),
     ).train()
     check_trained(merge(model).state_dict(), before, mask)
+
+
+def test_a_copy_of_a_model_that_trl_has_trained_is_its_own(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model, mask, tokenizer = tiny_model(), half(), tiny_tokenizer()
+    rows = datasets.Dataset.from_list([{"prompt": "Say yes", "completion": " yes"}] * 8)
+    args = trl.SFTConfig(**arguments(tmp_path, max_length=64, max_steps=1, bf16=False))
+    trl.SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
+    assert "forward" in vars(model)  # TRL's own, which holds on to this model
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        with pruned(model, mask):
+            wanted = model(ids).logits
+        assert torch.allclose(prune(model, mask)(ids).logits, wanted, atol=1e-5)
+    pairs = [{"prompt": "Say no", "response": "no"}] * 4
+    twin, before = copied(model), snapshot(model)
+    finetune(twin, tokenizer, pairs, lr=1e-2)
+    assert same(snapshot(model), before) and not same(snapshot(twin), before)
+    with pytest.raises(SsahError, match="a copy of a model that TRL has trained"):
+        finetune(copy.deepcopy(model), tokenizer, pairs, lr=1e-2)
+    batches = list(token_batches(encode_pairs(tokenizer, pairs), 1024, model))
+    assert all(found.any() for found in unit_gradients(model, depth_two(model), batches).values())
 
 
 def test_trl_dpo(tmp_path):

@@ -162,6 +162,32 @@ def test_gradients_from_before_do_not_join_the_first_step():
     assert all(p.grad is None for p in left.parameters())
 
 
+@pytest.mark.parametrize("given", [lambda losses, pairs: losses.mean(), lambda *_: None])
+def test_losses_of_ones_own_are_one_a_token(given):
+    with pytest.raises(
+        SsahError, match="token_losses gave .*; return one loss for each of"
+    ) as error:
+        finetune(tiny_model(), tiny_tokenizer(), PAIRS, token_losses=given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_seed_says_what_is_dropped(dropout):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+
+    def trained(seed):
+        model = tiny_model(attention_dropout=dropout)
+        finetune(model, tiny_tokenizer(), PAIRS, lr=1e-2, batch_size=len(PAIRS), seed=seed)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.manual_seed(5)
+    first, again, other = trained(0), trained(0), trained(1)
+    assert torch.equal(first, again)  # one batch: only what is dropped differs between seeds
+    assert torch.allclose(first, other, atol=1e-4) is not bool(dropout)
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_nan_loss_is_an_error():
     model = tiny_model()
     model.lm_head.weight.data[0] = float("nan")

@@ -279,6 +279,50 @@ def test_what_is_wrong_with_a_way_is_said(scored, own_way):
         WAYS["full"].what = "nothing"
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"finish": 3}, "int 3 as finish; give a function"),
+        ({"lr_factor": None}, "NoneType None as lr_factor; give a number"),
+        ({"extra": None}, "NoneType None as extra; give pairs"),
+        ({"before_step": 3}, "int 3 as before_step; give a function"),
+        ({"adapter": [8]}, "list [8] as adapter; give a dict of options"),
+        ({"anchor": anchoring.Anchor}, "as anchor; give an object with loss(model)"),
+        (None, "trains of mine gave a NoneType; return a dict"),
+    ],
+)
+def test_wrong_values_of_a_way_are_named_before_training(scored, own_way, change, said):
+    own_way(trains=lambda case, model: change)
+    model = tiny_model()
+    with pytest.raises(SsahError) as error:
+        run_way(scored, "mine", model)
+    assert said in one_line(error) and same_weights(model, tiny_model())
+
+
+def test_what_a_way_cannot_be(scored, own_way):
+    own_way(freezes=scored[1].scu)
+    with pytest.raises(SsahError, match="freezes of mine is a UnitMask; make it a function"):
+        run_way(scored, "mine")
+    own_way(trains=lambda case, model: {"finish": lambda model: tiny_model()})
+    with pytest.raises(SsahError, match="finish of mine returned a LlamaForCausalLM; let it"):
+        run_way(scored, "mine")
+
+
+@pytest.mark.parametrize("way", ["lora", "safe_lora"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_adapter_that_was_trained_is_not_thrown_away(scored, way, wrapped):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = tiny_model()
+    model = peft.get_peft_model(model, config) if wrapped else (model.add_adapter(config), model)[1]
+    ids = torch.arange(9)[None]
+    wanted = model(input_ids=ids).logits
+    with pytest.raises(SsahError, match="carries an adapter already") as error:
+        run_way(scored, way, model, unaligned=tiny_model(seed=1))
+    one_line(error)
+    assert torch.equal(model(input_ids=ids).logits, wanted)
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_has_its_text(name):
     way = WAYS[name]

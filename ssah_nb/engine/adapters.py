@@ -62,8 +62,13 @@ def with_adapter(
     seed: int,  # of the adapter's random numbers
     options: dict,  # changes to peft.LoraConfig; r=8, lora_alpha=16 on all linears unless told
 ) -> PreTrainedModel:
-    "The model with a fresh LoRA adapter. Raises `SsahError` without peft, or for wrong options."
+    "The model with a fresh LoRA adapter. Raises `SsahError` without peft, or where one is on it."
     check_seed(seed)
+    if carriers(model):
+        raise SsahError(
+            "the model carries an adapter already, which this way would merge or take off; "
+            "merge it first, e.g. model.merge_and_unload()"
+        )
     try:
         from peft import LoraConfig, TaskType, get_peft_model  # here, because it is optional
     except ImportError:

@@ -6,7 +6,7 @@
 __all__ = ['STEPPED', 'STEPPING', 'OPTIONS', 'turn', 'without_dropout', 'listening', 'answer_logits', 'behaviour',
            'check_lengths', 'behaviour_on_all', 'check_options', 'remember_step', 'trained_by', 'check_untrained',
            'shape_of', 'check_shape', 'Drift', 'named_units', 'is_ids', 'is_encoded', 'check_facts_of_anchor',
-           'references_in', 'check_trainer', 'AnchorCallback']
+           'references_in', 'check_trainer', 'check_reaches', 'AnchorCallback']
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-002
 import gc
@@ -29,6 +29,7 @@ from .batches import TokenBatch, run_blocks, token_batches
 from .forward import context_of, own_forward
 from .generation import evaluating
 from .limits import check_seed, is_finite, is_whole
+from .origin import weights_hash
 from .run import SsahError
 from .sharded import refuse_sharded
 from .tensors import check_tensors
@@ -126,7 +127,7 @@ def behaviour_on_all(
     "`behaviour` on all pairs, in their order: [all response tokens, ...] on the CPU."
     check_lengths(model, encoded)
     parts: dict[int, tuple[torch.Tensor, ...]] = {}
-    with evaluating(model):
+    with torch.inference_mode(False), evaluating(model):
         for batch in token_batches(encoded, 1024, model):
             sizes = [len(encoded[row][1]) for row in batch.rows]
             found = (change(x).cpu().split(sizes) for x in behaviour(model, channels, batch))
@@ -299,14 +300,27 @@ def check_trainer(
             "an anchor needs whole weights, and DeepSpeed or FSDP shards them; "
             "train with several processes without sharding (DDP)"
         )
-    if state.global_step and not anchor.step:
-        raise SsahError(
-            f"this training goes on from step {state.global_step}, but the anchor is new and "
-            "would hold the model as it is now; pass the anchor that you saved (Anchor.load)"
-        )
     check_shape(anchor.shape, model)
+    if not state.global_step:
+        return
+    built_on = anchor.origin.get("base", {}).get("weights")
+    if built_on and built_on == weights_hash(model):
+        raise SsahError(
+            f"this training goes on from step {state.global_step}, and the anchor was built on the "
+            "weights of that step, so it would hold the model as it is now; build it on the model "
+            "from before training, or pass the one that you saved then (Anchor.load)"
+        )
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-020
+def check_reaches(loss: torch.Tensor):  # of an anchor
+    "Raise `SsahError` for a loss that no trained weight can change."
+    if not loss.requires_grad:
+        raise SsahError(
+            "no weight that is trained can change what this anchor holds; train weights before the "
+            "units that it holds, or hold the answers (on='answers')"
+        )
+
+
 class AnchorCallback(TrainerCallback):
     "Adds an anchor's gradient at the start of each step of a `transformers.Trainer`."
 
@@ -315,9 +329,12 @@ class AnchorCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         check_trainer(self.anchor, model, args, state)
+        if state.global_step:  # resumed: the anchor's refusals take their turns from there
+            self.anchor.step = state.global_step
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         cast = torch.autocast(model.device.type, torch.bfloat16) if args.bf16 else nullcontext()
         with torch.enable_grad(), cast:
             loss = self.anchor.loss(model)
+        check_reaches(loss)
         loss.backward()

@@ -18,6 +18,7 @@ from .checkpoints import check_claims, check_folder
 from .models import check_finite, first_line
 from .opening import is_there, read_tensors
 from .run import SsahError
+from .weights import in_its_place
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -42,7 +43,7 @@ def inputs_off(
         if handle:
             handle.remove()
         with torch.no_grad():
-            weight[:, off] = columns
+            in_its_place(linear).weight[:, off] = columns  # it may have been frozen meanwhile
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-007
 @contextmanager

@@ -8,6 +8,7 @@ __all__ = ['SHORT_SAFETY_PROMPT', 'SYSTEM_PROMPTS', 'said_to', 'attack_success',
            'rates_of', 'save_completions', 'safety_report', 'earlier_report']
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-002
+import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -66,6 +67,7 @@ def said_to(
     "A response to each prompt. Raises `SsahError` unless there is one for each."
     if responses is None:
         return generate(model, tokenizer, prompts, **generation)
+    inspect.signature(generate).bind_partial(**generation)  # a misspelt option is one here, too
     return as_responses(responses, len(prompts))
 
 # %% ../../nbs/engine/evaluation.ipynb #c6594cb4

@@ -147,9 +147,12 @@ class SplitExperts(SavedExperts):
 
     def merged(self) -> nn.Module:
         "The original module, with what was trained."
-        return with_weights(
-            self.shell, {n: nn.Parameter(self.original(n), flag) for n, flag in self.flags.items()}
-        ).train(self.training)
+        whole = {}
+        for name, flag in self.flags.items():
+            trained = self.parts(name)[0]
+            flag = flag and (trained.requires_grad or not trained.numel())
+            whole[name] = nn.Parameter(self.original(name), flag)
+        return with_weights(self.shell, whole).train(self.training)
 
     def extra_repr(self) -> str:
         "What `print` shows."

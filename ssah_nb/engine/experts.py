@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from .moments import column_sums
 from .run import SsahError
-from .weights import FLOATS
+from .weights import FLOATS, in_its_place
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -279,7 +279,8 @@ def experts_off(
     finally:
         if handle:
             handle.remove()
-        columns[chosen] = kept
+        now = in_its_place(experts).down_proj.detach()  # they may have been frozen meanwhile
+        now.transpose(1, 2)[chosen] = kept
 
 # %% ../../nbs/engine/experts.ipynb #64890c00
 def add_answers(

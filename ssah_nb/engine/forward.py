@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['virtual_tokens', 'embedded_tokens', 'rotary_kinds', 'rotary_switches', 'reset_rotaries', 'check_causal',
            'has_recurrent_state', 'needs_equal_prompts', 'sharing', 'context_of', 'hooked_head', 'head_sees',
-           'chosen_logits', 'own_forward']
+           'chosen_logits', 'own_forward', 'held_by', 'copied']
 
 # %% ../../nbs/engine/forward.ipynb #forward-002
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -200,3 +201,29 @@ def own_forward(
         )
     out.logits = chosen_logits(model, out, places)
     return out
+
+# %% ../../nbs/engine/forward.ipynb #forward-copy1
+def held_by(function: Any) -> Iterator[Any]:  # a function or a method
+    "What a function holds on to: in closures, wrappers and attributes, at any depth."
+    seen, waiting = set[int](), [function]
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        yield held
+        inside = [cell.cell_contents for cell in getattr(held, "__closure__", None) or ()]
+        inside += [getattr(held, name, None) for name in ("__func__", "__wrapped__", "func")]
+        inside += [*getattr(held, "__dict__", {}).values()]
+        waiting += [
+            value for value in inside if callable(value) and not isinstance(value, nn.Module)
+        ]
+
+
+def copied(model: Any) -> Any:  # a model
+    "A copy that shares nothing with the model, the forward of a trainer included."
+    twin, forward = copy.deepcopy(model), vars(model).get("forward")
+    function = getattr(forward, "__func__", forward)
+    if forward and any(getattr(held, "__self__", None) is model for held in held_by(function)):
+        del twin.forward
+    return twin

@@ -9,7 +9,6 @@ __all__ = ['BETAS', 'ENERGY', 'ROOM', 'constrained_losses', 'key_of', 'losses_be
            'SafetyTrigger', 'gradient_copy', 'unit_means', 'unit_gradients']
 
 # %% ../../nbs/engine/holding.ipynb #holding-002
-import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -24,7 +23,7 @@ from .batches import TokenBatch, evaluation_mode, pad_batch
 from .batches import response_losses, run_blocks, token_batches
 from .chat import encode_pairs
 from .experts import sizes
-from .forward import context_of, own_forward
+from .forward import context_of, copied, own_forward
 from .generation import evaluating
 from .run import SsahError
 from .scores import columns_of_b, rows_of_a
@@ -338,7 +337,7 @@ def gradient_copy(
     batches: list[TokenBatch],  # refusals
 ) -> PreTrainedModel:
     "A copy whose weights are the gradients of the mean loss of the response tokens."
-    slopes = copy.deepcopy(model).requires_grad_(True)
+    slopes = copied(model).requires_grad_(True)
     tokens = sum(int(batch.response_mask.sum()) for batch in batches)
     with evaluation_mode(slopes), torch.enable_grad():
         for batch in batches:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from .batches import TokenBatch
 from .experts import expert_columns, expert_rows, sizes
-from .limits import check_counts, check_limits
+from .limits import check_counts, check_kind, check_limits
 from .hub import Shared
 from .moments import Moments, statistics_files, statistics_of
 from .moments import sums_of_columns, sums_of_rows
@@ -137,7 +137,7 @@ def score_channels(
     return scores
 
 # %% ../../nbs/engine/scores.ipynb #scores-013
-@dataclass
+@dataclass(eq=False)
 class KeptStatistics(Shared):
     "Raw scores of all channels, with the statistics they came from, in files and back."
 
@@ -170,6 +170,9 @@ class Statistics(KeptStatistics):
     def __add__(self, other: "Statistics") -> Self:
         return both_together(self, other)
 
+    def __radd__(self, nothing: int) -> Self:  # sum([...]) begins with 0
+        return self if nothing == 0 else NotImplemented
+
 # %% ../../nbs/engine/scores.ipynb #scores-014
 def check_same_scoring(a: Statistics, b: Statistics):
     "Raise `SsahError` unless both have one model, weights included, method and chat template."
@@ -188,8 +191,15 @@ def check_same_scoring(a: Statistics, b: Statistics):
 
 # %% ../../nbs/engine/scores.ipynb #6057bd32
 def both_together(a: Any, b: Statistics) -> Any:  # of the class of `a`
-    "The scores on both data sets. Raises `SsahError` for another model or method."
+    "The scores on both data sets. Raises `SsahError` for another model, method or setting."
+    check_kind(b, Statistics, "cannot be added to an importance; add an importance")
     check_same_scoring(a, b)
+    for name in ("max_response", "system"):
+        if a.info.get(name) != b.info.get(name):
+            raise SsahError(
+                f"the two importances have {name}={a.info.get(name)!r} and {b.info.get(name)!r}, "
+                "so their sum is of neither; score both sets with the same"
+            )
     if not (a.weights and b.weights):
         raise SsahError("an importance without weights cannot be added; score both sets again")
     moments = {
