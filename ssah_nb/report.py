@@ -29,7 +29,8 @@ def verdict(
         "below": (float("-inf"), limit),
         "near": (-limit, limit),
     }[claim]
-    if start < low and high < end:
+    above, below = low > start or start == float("-inf"), high < end or end == float("inf")
+    if above and below:
         return "holds"
     return "fails" if high <= start or low >= end else "open"
 

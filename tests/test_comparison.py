@@ -82,6 +82,25 @@ def test_agreement_names_a_verdict_that_changed(runs):
     assert "pruning it" in said
 
 
+def test_a_value_that_is_gone_lies_outside(runs):
+    tables = run_tables(runs[0])
+    gone = tables["rates"].copy()
+    gone.loc[0, ["rate", "rate_low", "rate_high"]] = float("nan")
+    for first, second in ((tables["rates"], gone), (gone, tables["rates"])):
+        said = agreement(tables | {"rates": first}, tables | {"rates": second})
+        assert "1 of" in said[0] and "values lie outside" in said[0]
+
+
+def test_a_turned_verdict_of_a_way_hides_nothing_else():
+    columns = {"way": ["full", "replay"], "safety": ["fails", "open"], "utility": ["open", "open"]}
+    ends = {"attack_success_low": [0.4, 0.1], "attack_success_high": [0.6, 0.3]}
+    first = pd.DataFrame(columns | {"attack_success": [0.5, 0.2]} | ends)
+    second = first.assign(attack_success=0.2, safety=["fails", "holds"])
+    said = "\n".join(agreement({"protection": first}, {"protection": second}))
+    assert "1 of 2 values lie outside" in said and "protection: 1 verdicts turned" in said
+    assert "turned" not in "\n".join(agreement({"protection": first}, {"protection": first}))
+
+
 @pytest.mark.parametrize("value, off", [(2.0, 0.5), (float("nan"), float("inf")), (1.0, 0)])
 def test_a_difference_is_relative_and_infinite_where_one_is_missing(value, off):
     first, second = (pd.DataFrame({"name": ["a"], "x": [x]}) for x in (1.0, value))

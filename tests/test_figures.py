@@ -83,6 +83,13 @@ def test_a_table_for_reading_has_units_intervals_and_no_noise():
     assert list(shown["steady"]) == ["True", "False", "True"]
 
 
+def test_no_number_but_zero_is_shown_as_zero():
+    row = pd.DataFrame({"way": ["a"], "d": [-0.0385], "d_low": [-0.07], "d_high": [-0.0004]})
+    assert readable(row, {"way": "way", "d": "d (points)"}).iloc[0, 0] == "-3.9 (-7.0 to -0.04)"
+    zero = row.assign(d=0.0, d_low=0.0, d_high=0.0)
+    assert readable(zero, {"way": "way", "d": "d (points)"}).iloc[0, 0] == "0.0 (0.0 to 0.0)"
+
+
 def test_readable_leaves_out_what_is_not_asked_for_and_keeps_the_order():
     shown = readable(RATES, {"units": "units", "model": "name"})
     assert shown.index.name == "units" and list(shown.columns) == ["name"]

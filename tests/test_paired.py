@@ -120,6 +120,13 @@ def test_no_change_on_few_prompts_is_no_proof():
     assert paired_mean(same).low == 0
 
 
+def test_two_orders_have_at_least_the_interval_of_t():
+    of_orders = np.array([[0.30], [0.33]]).repeat(50, 1)
+    found = paired_difference(np.zeros(50), of_orders)
+    reach = stats.t.ppf(0.975, 1) * np.std([0.30, 0.33], ddof=1) / math.sqrt(2)
+    assert (found.low, found.high) == pytest.approx((0.315 - reach, 0.315 + reach))
+
+
 def test_more_orders_make_an_interval_narrower():
     chosen = np.random.default_rng(4)
     before, after, _ = one_study(chosen, 16, 200)

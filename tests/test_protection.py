@@ -401,10 +401,25 @@ def test_claims_about_orders_are_decided_by_the_worst_one():
     rows = pd.DataFrame([rates(*row) for row in [*numbers, ("answers", 2, 1), ("scu", 3, 1)]])
     found = anchoring_rows(rows)
     by_hand = rate_difference(rows.iloc[3], rows.iloc[1], "attack_success")
-    ends = found.loc["answers − full, highest", ["attack_success", "attack_success_low"]]
-    assert tuple(ends) == pytest.approx(by_hand[:2])
+    other = rate_difference(rows.iloc[4], rows.iloc[2], "attack_success")  # far lower
+    ends = found.loc["answers − full, highest"][
+        [f"attack_success{e}" for e in ("", "_low", "_high")]
+    ]
+    assert tuple(ends) == pytest.approx(by_hand[:3]) and by_hand[0] > other[0]
     assert found.attack_success["answers − aligned, highest"] == pytest.approx(0.14)
     assert "scu − full, highest" not in found.index  # no order in common
+
+
+def test_the_order_that_is_least_sure_decides_too():
+    cases = [("full", 1, 16), ("answers", 1, 4), ("full", 2, 60), ("answers", 2, 47)]
+    table = [
+        {"held": h, "order": o} | wilson(k, 100).columns("attack_success") for h, o, k in cases
+    ]
+    table = pd.DataFrame(table).assign(
+        over_refusal=0.0, over_refusal_low=0.0, over_refusal_high=0.1
+    )
+    row = anchoring_rows(table.assign(over_refusal_n=100)).loc["answers − full, highest"]
+    assert row.attack_success_high > 0 > row.attack_success  # order 1 alone would be sure
 
 
 def test_claims_without_their_table_are_not_measured(table):

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from ssah_nb.engine.claims import claims_of, read_claims, report_tables, rows_by_name
+from ssah_nb.engine.claims import claims_of, probe_rows, read_claims, report_tables, rows_by_name
+from ssah_nb.engine.claims import transfer_rows
 from ssah_nb.engine.drawings.report import EDGE, draw_verdicts
 from ssah_nb.engine.run import SsahError
 from ssah_nb.report import judge, paper_numbers, printed, verdict
@@ -34,6 +35,8 @@ def test_paper_numbers():
         (-0.05, 0.15, "near", 0.1, "open"),
         (0.11, 0.2, "near", 0.1, "fails"),
         (float("nan"), float("nan"), "above", 0, "not measured"),
+        (1.0, float("inf"), "above", 0, "holds"),
+        (1.0, float("inf"), "below", 0, "fails"),
     ],
 )
 def test_verdicts(low, high, claim, limit, expected):
@@ -67,12 +70,53 @@ def test_a_run_that_left_all_rows_out_measured_nothing(experiment, table):
     assert set(judged[claims]) == {"not measured"}
 
 
+def test_a_value_without_an_interval_is_not_drawn():
+    rows = rows_by_name(report_tables(COMMITTED))
+    rows["pruning"].loc["SCU", ["perplexity_low", "perplexity_high"]] = float("nan")
+    judged = judge(rows, "B")
+    assert (
+        "not measured" in set(judged.verdict) and judged.measured[judged.low.isna()].notna().any()
+    )
+    draw_verdicts(judged)
+
+
+@pytest.mark.parametrize(
+    "blocks, verdicts",
+    [  # (margin, low, high) of two blocks; the verdicts of "every block > 0" and "every block < 0"
+        ([(-0.012, -0.030, 0.006), (-0.010, -0.012, -0.008)], ("fails", "open")),
+        ([(0.010, 0.005, 0.015), (0.012, -0.002, 0.026)], ("open", "fails")),
+        ([(0.010, 0.005, 0.015), (0.012, 0.002, 0.026)], ("holds", "fails")),
+        ([(-0.2, -0.3, -0.1), (0.2, 0.1, 0.3)], ("fails", "fails")),
+    ],
+)
+def test_a_claim_about_every_block_holds_only_if_all_do(blocks, verdicts):
+    rows = [{"block": i, "margin": m, "low": a, "high": b} for i, (m, a, b) in enumerate(blocks)]
+    table = probe_rows(pd.DataFrame(rows).assign(n=50, model="aligned", queries="harmful"))
+    ends = lambda name: table.loc[name, ["margin_low", "margin_high"]]
+    found = verdict(*ends("aligned harmful, lowest"), "above")
+    assert (found, verdict(*ends("aligned harmful, highest"), "below")) == verdicts
+
+
+def test_a_class_that_is_empty_has_no_shares():
+    matrix = pd.DataFrame(
+        {"module": "global", "before": ["SCU", "RU"], "after": "CU", "units": [3, 0]}
+    )
+    lost = pd.DataFrame({"class": ["SCU", "RU"], "lost": [0.5, float("nan")], "units": [4, 0]})
+    found = transfer_rows(matrix, lost)
+    assert found.share["SCU to CU"] == 1 and found.share["SCU lost"] == 0.5
+    for name in ("RU to CU", "RU lost"):
+        assert pd.isna(found.share[name]) and found.share_n[name] == 0
+
+
 def test_no_word_of_a_claim_reaches_into_the_plot():
     claims = read_claims()
     words = claims.claim.map(lambda claim: claim.format(coherent="100%", of=" of 0.5%"))
     table = claims[["experiment", "paper"]].assign(claim=words, claimed="> 0", unit="points")
     table = table.assign(measured=0.5, low=0.4, high=0.6, verdict="holds")
-    table.loc[0, ["measured", "verdict"]] = float("nan"), "not measured"
+    table.loc[0, ["measured", "low", "high"]], table.loc[0, "verdict"] = (
+        float("nan"),
+        "not measured",
+    )
     fig = draw_verdicts(table)
     axes, shown = fig.axes[0], FigureCanvasAgg(fig).get_renderer()
     to_data = axes.transData.inverted()

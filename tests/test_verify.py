@@ -141,6 +141,17 @@ def test_tables_may_differ_within_their_intervals_and_in_digits():
     assert disagreements(first | {"comparison": other}, first | {"comparison": far}) == []
 
 
+def test_a_turned_verdict_is_named_and_times_are_not_compared():
+    report = pd.read_csv(ROOT / "figures/embedded/paper_vs_ours.csv")
+    first = {"paper_vs_ours": report, "t": pd.DataFrame({"way": ["full"], "seconds": [100.0]})}
+    second = {"paper_vs_ours": report.copy(), "t": first["t"].assign(seconds=130.0)}
+    assert disagreements(first, second) == []
+    holds = report.index[report.verdict == "holds"][0]
+    second["paper_vs_ours"].loc[holds, "verdict"] = "fails"
+    (line,) = disagreements(first, second)
+    assert line.startswith("another verdict: ") and report.claim[holds] in line
+
+
 CHAPTER = """
 import os
 folder = f"figures/{{profile}}"

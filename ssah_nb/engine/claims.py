@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'FURTHER', 'NOT_THE_PAPERS', 'STARTS', 'LEFT_OUT', 'read_claims', 'tables_folder', 'began_aligned',
-           'own_claims', 'report_tables', 'start_of', 'with_comparison', 'probe_rows', 'transfer_rows',
+           'own_claims', 'report_tables', 'start_of', 'with_comparison', 'probe_rows', 'share_of', 'transfer_rows',
            'anchoring_rows', 'protection_rows', 'rows_by_name', 'is_left_out', 'measure', 'unit_of', 'for_each_size',
            'number_in', 'with_limits', 'claims_of']
 
 # %% ../../nbs/engine/claims.ipynb #claims-002
 import itertools
+import math
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from .intervals import rate_difference, wilson
+from .intervals import Estimate, rate_difference, wilson
 from .opening import read_json
 from .run import Run, SsahError, project_root
 
@@ -105,17 +107,24 @@ def with_comparison(
 def probe_rows(
     probe: pd.DataFrame,  # [block, margin, low, high, n, model, queries]
 ) -> pd.DataFrame:  # rows such as "aligned harmful, lowest"; columns margin, _low, _high, _n
-    "For each model and kind of query: the last block, and those of the lowest and highest margin."
-    found = {}
+    "For each model and kind of query: the last block, and the ends that speak most against it."
+    found, ends = {}, ["margin", "low", "high"]
     for (model, queries), blocks in probe.groupby(["model", "queries"]):
-        name = f"{model} {queries.split()[0]}"
+        name, least = f"{model} {queries.split()[0]}", {"n": blocks.n.min()}
         found[f"{name}, last"] = blocks.loc[blocks.block.idxmax()]
-        found[f"{name}, lowest"] = blocks.loc[blocks.margin.idxmin()]
-        found[f"{name}, highest"] = blocks.loc[blocks.margin.idxmax()]
+        found[f"{name}, lowest"] = pd.Series(blocks[ends].min().to_dict() | least)
+        found[f"{name}, highest"] = pd.Series(blocks[ends].max().to_dict() | least)
     table = pd.DataFrame(found).T
     return table.rename(columns={end: f"margin_{end}" for end in ("low", "high", "n")})
 
 # %% ../../nbs/engine/claims.ipynb #claims-010
+def share_of(part: float, units: float) -> Estimate:  # of a class of so many units
+    "A share with its interval; not measured where the class is empty."
+    if not units:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    return wilson(round(part), int(units))
+
+
 def transfer_rows(
     matrix: pd.DataFrame,  # [module, before, after, units, ...]
     lost: pd.DataFrame,  # [change, class, lost, units]: fine-tuning first, then the other half
@@ -124,11 +133,11 @@ def transfer_rows(
     found, cells = {}, matrix[matrix.module == "global"]
     for before, row in cells.groupby("before"):
         for cell in row.itertuples():
-            share = wilson(int(cell.units), max(1, int(row.units.sum())))
+            share = share_of(cell.units, row.units.sum())
             found[f"{before} to {cell.after}"] = share.columns("share")
     for name, changes in lost.groupby("class"):
         for words, r in zip((f"{name} lost", f"{name} lost to another half"), changes.itertuples()):
-            share = wilson(round(r.lost * r.units), max(1, r.units))
+            share = share_of(r.lost * r.units, r.units)
             found[words] = share.columns("share")
     return pd.DataFrame(found).T
 
@@ -136,7 +145,7 @@ def transfer_rows(
 def anchoring_rows(
     table: pd.DataFrame | None,  # [held, order, attack_success, over_refusal, ...]; None: not there
 ) -> pd.DataFrame:  # rows such as "answers − full, highest"
-    "For each two ways and each rate: the order in which the first is highest above the second."
+    "For each two ways and each rate: how far the first is above the second, highest of all orders."
     if table is None:
         return pd.DataFrame()
     found, ways = {}, dict(tuple(table.groupby("held")))
@@ -149,7 +158,7 @@ def anchoring_rows(
         ]
         row: dict[str, float] = {}
         for column in ("attack_success", "over_refusal") if pairs else ():
-            ends = max(rate_difference(a, b, column) for a, b in pairs)
+            ends = np.max([rate_difference(a, b, column)[:3] for a, b in pairs], axis=0)
             row |= dict(zip((column, f"{column}_low", f"{column}_high"), ends))
             row[f"{column}_n"] = pairs[0][0][f"{column}_n"]
         if pairs:

@@ -120,10 +120,10 @@ def draw_protection(
     for _, row in table.iterrows():
         draw_mark(ax, row)
     ax.axhline(100 * start, color="0.3", linestyle=":", zorder=1)
-    ax.axvspan(1.02, 2, color="0.95", zorder=0)
     low, high = table.training_ratio_low.min(), table.training_ratio_high.max()
     room = 0.04 * (max(high, 1.025) - min(low, 0.98))
     ax.set_xlim(min(low, 0.98) - room, max(high, 1.025) + room)
+    ax.axvspan(1.02, ax.get_xlim()[1], color="0.95", zorder=0)
     ax.set_ylim(-3, 103)
     draw_names(ax, table, ax.get_xlim()[1] + room)
     full = table[table.way == "full"]

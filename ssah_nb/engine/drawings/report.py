@@ -122,7 +122,7 @@ def rows_of(table: pd.DataFrame) -> list[tuple[float, str, Any]]:
     y = 0.0
     for experiment, claims in table.groupby("experiment", sort=False):
         rows.append((y, experiment, None))
-        for row in claims[claims.measured.notna()].itertuples():
+        for row in claims[claims.low.notna()].itertuples():
             y -= 1
             rows.append((y, experiment, row))
         y -= 1.45
