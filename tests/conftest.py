@@ -14,3 +14,20 @@ def same_environment():
     "What a test sets in the environment is gone after it."
     with mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(scope="module")
+def scored():
+    "Pairs, classes and importances of the tiny model, for `run_way`."
+    from helpers_ways import scored_units
+
+    return scored_units()
+
+
+@pytest.fixture
+def own_way():
+    "Registers a way, and takes it back."
+    from ssah_nb.engine.ways import WAYS, Way
+
+    yield lambda **how: WAYS.update(mine=Way("a way of one's own", "nobody", **how))
+    WAYS.pop("mine", None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import one_line
 from helpers_freezing import PREFERENCES, arguments
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import ssah_nb
 from ssah_nb import Anchor, SsahError, UnitMask, finetune, freeze
@@ -16,7 +16,6 @@ from ssah_nb.units import depth_two
 
 TOKENIZER = tiny_tokenizer()
 REFUSALS = [{"prompt": f"Open box {i}", "response": "I am sorry, no."[: 5 + i]} for i in range(6)]
-PAIRS = [{"prompt": f"Say {w}", "response": w} for w in ("yes", "no", "maybe", "never")]
 TASK = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(8)]
 
 
@@ -364,63 +363,6 @@ def test_an_anchor_in_the_middle_of_training_is_refused(rows, tmp_path):
     with pytest.raises(SsahError) as error:
         Anchor(model, TOKENIZER, REFUSALS)
     assert "training of this model has begun" in one_line(error)
-
-
-@pytest.fixture
-def half_trained(rows, tmp_path):
-    "(model, anchor, steps, checkpoint) -> its weights after so many steps, maybe resumed."
-    options = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
-
-    def train(model, anchor, steps, checkpoint=None):
-        args = TrainingArguments(**arguments(tmp_path, max_steps=steps, **options))
-        callbacks = [anchor.callback()]
-        trainer = Trainer(model, args, train_dataset=rows, callbacks=callbacks)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return model.state_dict()
-
-    return train
-
-
-@pytest.mark.parametrize("source", ["built again", "loaded", "the same"])
-def test_an_anchored_training_can_be_resumed(source, half_trained, tmp_path):
-    build = lambda model: Anchor(model, TOKENIZER, REFUSALS, prompts=1)
-    model = tiny_model()
-    anchor = build(model)
-    anchor.save(tmp_path / "anchor")
-    whole = half_trained(model, anchor, 4)
-    again = tiny_model()
-    anchors = {"built again": lambda: build(again), "the same": lambda: anchor}
-    anchors["loaded"] = lambda: Anchor.load(tmp_path / "anchor")
-    resumed = half_trained(again, anchors[source](), 4, tmp_path / "checkpoint-2")
-    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
-
-
-def test_an_anchor_that_was_built_on_the_checkpoint_is_refused(half_trained, tmp_path):
-    model = tiny_model()
-    half_trained(model, Anchor(model, TOKENIZER, REFUSALS), 2)
-    late = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
-    with pytest.raises(SsahError, match="built on the weights of that step") as error:
-        half_trained(late, Anchor(late, TOKENIZER, REFUSALS), 4, tmp_path / "checkpoint-2")
-    assert "Anchor.load" in one_line(error)
-
-
-def test_an_anchor_that_training_cannot_reach_is_refused():
-    model = tiny_model().requires_grad_(False)
-    model.lm_head.requires_grad_(True)
-    units = UnitMask(torch.rand(2, 32) < 0.5, torch.rand(2, 4) < 0.5)
-    anchor = Anchor(model, TOKENIZER, REFUSALS, on="units", units=units)
-    with pytest.raises(SsahError, match="no weight that is trained can change") as error:
-        finetune(model, TOKENIZER, PAIRS, anchor=anchor)
-    one_line(error)
-
-
-def test_an_anchor_can_be_built_in_inference_mode():
-    model = tiny_model()
-    with torch.inference_mode():
-        anchor = Anchor(model, TOKENIZER, REFUSALS)
-    with torch.set_grad_enabled(False):  # as on top of many a notebook
-        finetune(model, TOKENIZER, PAIRS, lr=1e-2, anchor=anchor)
-    assert anchor.report(model).tokens.drift.max() > 0
 
 
 def test_float16_training_is_refused(rows, tmp_path):

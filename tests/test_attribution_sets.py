@@ -21,6 +21,7 @@ def test_two_data_sets_add_up(method, tmp_path):
         importance(model, TOKENIZER, p, method=method) for p in (PAIRS, PAIRS[:3], PAIRS[3:])
     )
     close(first + second, whole, 1e-6)
+    close(sum([first, second]), whole, 1e-6)
     # later, from a file
     close(Importance.load(second.save(tmp_path / "second")) + first, whole, 1e-6)
     if method != "magnitude":
@@ -41,6 +42,12 @@ def test_only_like_adds_to_like():
         ) as error:
             base + other
         assert "\n" not in str(error.value)
+    for options in ({"max_response": 2}, {"system": "Be nice."}):
+        with pytest.raises(SsahError, match=f"have {[*options][0]}=.* so their sum is of neither"):
+            base + importance(model, TOKENIZER, PAIRS, **options)
+    with pytest.raises(SsahError, match="a int cannot be added to an importance"):
+        base + 3
+    assert base in [base, base + base] and base != base + base
     lacking = importance(model, TOKENIZER, PAIRS)
     del lacking.moments["attention"], lacking.weights["attention"]
     for one, other in ((base, lacking), (lacking, base)):

@@ -72,6 +72,12 @@ def test_rates_judges_and_their_errors():
         over_refusal(None, None, PAIRS, responses=["a"])
 
 
+def test_a_misspelt_option_is_named_though_nothing_is_generated():
+    for rate in (attack_success, over_refusal):
+        with pytest.raises(TypeError, match="max_new_tokns"):
+            rate(None, None, PROMPTS[:1], responses=["a"], max_new_tokns=3)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
 def test_perplexity_against_a_plain_loop(name):
     model, tokenizer = tiny_model(name), tiny_tokenizer()

@@ -147,7 +147,7 @@ class SplitExperts(SavedExperts):
 
     def merged(self) -> nn.Module:
         "The original module, with what was trained."
-        whole = {}
+        whole: dict[str, torch.Tensor] = {}
         for name, flag in self.flags.items():
             trained = self.parts(name)[0]
             flag = flag and (trained.requires_grad or not trained.numel())

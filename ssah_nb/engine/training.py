@@ -293,12 +293,12 @@ def optimize(
     return history_of(losses, stepper, time.time() - start)
 
 # %% ../../nbs/engine/training.ipynb #training-009
-def as_losses(given: Any, shape: torch.Size) -> torch.Tensor:  # given: what `token_losses` returned
-    "The losses to train on. Raises `SsahError` unless there is one for each token."
-    if torch.is_tensor(given) and given.shape == shape:
+def as_losses(given: Any, tokens: int) -> torch.Tensor:  # given: what `token_losses` returned
+    "The losses to train on. Raises `SsahError` unless each is of one token."
+    if torch.is_tensor(given) and given.ndim == 1 and len(given) <= tokens:
         return given
     found = f"shape {tuple(given.shape)}" if torch.is_tensor(given) else type(given).__name__
-    raise SsahError(f"token_losses gave {found}; return one loss for each of {shape[0]} tokens")
+    raise SsahError(f"token_losses gave {found}; return losses of tokens, at most {tokens} of them")
 
 
 def response_parts(
@@ -314,7 +314,7 @@ def response_parts(
         losses = response_losses(model, part)
         if token_losses:
             chosen = token_losses(losses, [encoded[rows[row]] for row in part.rows])
-            losses = as_losses(chosen, losses.shape)
+            losses = as_losses(chosen, len(losses))
         yield losses.sum() / tokens
 
 # %% ../../nbs/engine/training.ipynb #7e4f57d3
@@ -362,8 +362,18 @@ def finetune(
     encoded = encode_pairs(tokenizer, as_pairs(pairs), system, max_response, context_of(model))
     batches = all_batches(encoded, epochs, batch_size, seed)
     parts = partial(response_parts, model, encoded, max_tokens, token_losses)
-    hooks = {"before_step": before_step, "correct_step": correct_step, "after_step": after_step}
-    return optimize(model, batches, parts, lr, mixed=mixed, anchor=anchor, seed=seed, **hooks)
+    return optimize(
+        model,
+        batches,
+        parts,
+        lr,
+        mixed=mixed,
+        seed=seed,
+        anchor=anchor,
+        before_step=before_step,
+        correct_step=correct_step,
+        after_step=after_step,
+    )
 
 # %% ../../nbs/engine/training.ipynb #training-010
 def training_perplexity(
