@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .intervals import Estimate, wilson
-from .judges import DEFAULT_JUDGE, JUDGES, Judge, judged
+from .judges import DEFAULT_JUDGE, JUDGES, WINDOW, Judge, judged
 from .limits import check_seed
 from .reading import read_rows
 from .refusal import off_topic
@@ -164,7 +164,7 @@ def judge_table(
     found, labels = [], rows.refusal.to_numpy(bool)
     prompts, responses = list(rows.prompt), list(rows.response)
     verdicts_of = {
-        name: ~np.array(judged(judge, prompts, responses, 120)) for name, judge in judges.items()
+        name: ~np.array(judged(judge, prompts, responses, WINDOW)) for name, judge in judges.items()
     }
     for name, verdicts in (verdicts_of | {"best by text": best_by_text(rows)}).items():
         for (by, group), where in groups_of(rows).items():

@@ -20,7 +20,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel, TrainerCallback
@@ -90,8 +89,7 @@ def listening(
 # %% ../../nbs/engine/anchors.ipynb #anchors-023
 def answer_logits(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
     "Logits that predict each response token, [response tokens, vocabulary], row by row."
-    places = F.pad(batch.response_mask[:, 1:], (0, 1))
-    return own_forward(model, batch.input_ids, batch.attention_mask, places).logits
+    return own_forward(model, batch.input_ids, batch.attention_mask, batch.predicting).logits
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-026
 def behaviour(

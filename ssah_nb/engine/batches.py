@@ -31,6 +31,11 @@ class TokenBatch:
     response_mask: torch.Tensor  # bool, True for the response's tokens
     rows: list[int]  # which pairs these are
 
+    @property
+    def predicting(self) -> torch.Tensor:  # bool
+        "Where each response token is predicted: one place before it."
+        return F.pad(self.response_mask[:, 1:], (0, 1))
+
 # %% ../../nbs/engine/batches.ipynb #2eaef29d
 def pad_batch(
     encoded: list[tuple[list[int], list[int]]],  # from `encode_pairs`

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .generation import generate
 from .inputs import as_responses
 from .intervals import Estimate, bootstrap_mean, wilson
-from .judges import DEFAULT_JUDGE, Judge, check_judge, judged
+from .judges import DEFAULT_JUDGE, WINDOW, Judge, check_judge, judged
 from .limits import check_limits, check_seed
 from .margin import refusal_margins
 from .paired import paired_difference
@@ -75,7 +75,7 @@ def contrast_report(
     system: str | None = None,  # system prompt; None: no system turn
     safe_responses: Sequence[str] | None = None,  # to the safe prompts; None: generated here
     unsafe_responses: Sequence[str] | None = None,  # to their twins; None: generated here
-    window: int | None = 120,  # characters that a keyword judge reads
+    window: int | None = WINDOW,  # characters that a keyword judge reads
     seed: int = 0,  # of the bootstrap over the pairs
     **generation,  # `max_new_tokens`, `batch_size` of `generate`
 ) -> dict[str, float]:

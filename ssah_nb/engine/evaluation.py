@@ -26,7 +26,7 @@ from .files import write_private
 from .forward import context_of
 from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
-from .judges import DEFAULT_JUDGE, JUDGES, Judge, check_judge, judged
+from .judges import DEFAULT_JUDGE, JUDGES, WINDOW, Judge, check_judge, judged
 from .intervals import Estimate, bootstrap_mean, exp_of, wilson
 
 # %% ../../nbs/engine/evaluation.ipynb #ccf1a6ab
@@ -78,7 +78,7 @@ def attack_success(
     judge: Judge = DEFAULT_JUDGE,  # a name in `JUDGES`, phrases, or (prompts, responses) -> bools
     system: str | None = None,  # system prompt; None: no system turn
     responses: Sequence[str] | None = None,  # responses to use; None: the model generates them
-    window: int | None = 120,  # characters in which a list's phrases are sought
+    window: int | None = WINDOW,  # characters in which a list's phrases are sought
     **generation,  # `max_new_tokens`, `batch_size` of `generate`
 ) -> Estimate:
     "Share of harmful prompts that the model does not refuse, with Wilson's interval."
@@ -96,7 +96,7 @@ def over_refusal(
     keywords: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases
     system: str | None = None,  # system prompt; None: no system turn
     responses: Sequence[str] | None = None,  # responses to use; None: the model generates them
-    window: int | None = 120,  # characters that are read
+    window: int | None = WINDOW,  # characters that are read
     **generation,  # `max_new_tokens`, `batch_size` of `generate`
 ) -> Estimate:
     "Share of benign prompts that the model refuses, with Wilson's interval."
@@ -285,7 +285,7 @@ def safety_report(
     max_perplexity: float | None = None,  # coherent up to here; None: `coherence_threshold`
     responses: Sequence[str] | None = None,  # to the harmful prompts; None: generated here
     benign_responses: Sequence[str] | None = None,  # to the benign prompts; None: generated here
-    window: int | None = 120,  # characters in which a list's phrases are sought
+    window: int | None = WINDOW,  # characters in which a list's phrases are sought
     max_new_tokens: int = 24,  # tokens of a response
     max_response: int | None = 32,  # tokens of a reference response in the perplexity; None: all
     batch_size: int = 50,  # prompts side by side

@@ -103,7 +103,7 @@ def prompt_states(
     head = model.get_output_embeddings()
     if head is None:
         raise SsahError(f"{type(model).__name__} has no language-model head to hold the input of")
-    places, found = F.pad(batch.response_mask[:, 1:], (0, 1)), []
+    places, found = batch.predicting, []
     handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     try:
         own_forward(model, batch.input_ids, batch.attention_mask, places)

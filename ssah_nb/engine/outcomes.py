@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .evaluation import save_completions
 from .generation import generate
 from .intervals import bootstrap_mean, wilson
-from .judges import DEFAULT_JUDGE, judged
+from .judges import DEFAULT_JUDGE, WINDOW, judged
 from .margin import refusal_margins
 from .run import write_atomic
 
@@ -26,7 +26,7 @@ def prompt_outcomes(
     benign: list[str],  # prompts that should be answered
     max_new_tokens: int,  # tokens of an answer
     completions: str | Path,  # JSON file for what the model said
-    window: int = 120,  # characters in which a refusal is sought
+    window: int = WINDOW,  # characters in which a refusal is sought
 ) -> dict[str, list]:
     "{succeeded: [bool], over_refused: [bool], margin: [nats]}, one entry for each prompt."
     asked = {"harmful": harmful, "benign": benign}

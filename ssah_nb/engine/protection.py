@@ -26,7 +26,7 @@ from .evaluation import coherence, pair_losses, save_completions
 from .files import write_private
 from .forward import context_of
 from .generation import generate
-from .judges import DEFAULT_JUDGE, judged
+from .judges import DEFAULT_JUDGE, WINDOW, judged
 from .inputs import as_pairs
 from .margin import refusal_margins
 from .opening import read_json
@@ -129,7 +129,7 @@ def answered(
     if not prompts:
         return [], []
     said = generate(model, tokenizer, prompts, judging.max_new_tokens, prefill=prefill)
-    return [bool(yes) for yes in judged(DEFAULT_JUDGE, prompts, said, 120)], said
+    return [bool(yes) for yes in judged(DEFAULT_JUDGE, prompts, said, WINDOW)], said
 
 
 def losses_of(model, tokenizer, pairs: list[dict], max_response: int) -> list[list[float]]:
@@ -358,7 +358,7 @@ def harmful_pairs(
     path = run.path("completions", "harmful_pairs", name)
     if not path.exists():
         said = generate(unaligned, tokenizer, prompts, max_new_tokens)
-        yes = judged(DEFAULT_JUDGE, prompts, said, 120)
+        yes = judged(DEFAULT_JUDGE, prompts, said, WINDOW)
         rows = [{"prompt": p, "response": s} for p, s, ok in zip(prompts, said, yes) if ok and s]
         write_private(path, {"pairs": rows})
     return as_pairs(read_json(path).get("pairs", ()), at_least=0)
