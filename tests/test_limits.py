@@ -16,7 +16,8 @@ from ssah_nb.engine.agreement import kappa
 from ssah_nb.engine.evaluation import coherence_threshold
 from ssah_nb.engine.inputs import as_verdicts
 from ssah_nb.engine.intervals import bootstrap_mean, wilson
-from ssah_nb.engine.matched import finetune_until, mcnemar
+from ssah_nb.engine.matched import finetune_until
+from ssah_nb.engine.paired import mcnemar
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.paired import paired_difference, paired_mean
 from ssah_nb.engine.run import set_seed

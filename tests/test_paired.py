@@ -8,11 +8,11 @@ import pytest
 from helpers import one_line
 from scipy import stats
 
-from ssah_nb.engine.matched import mcnemar
 from ssah_nb.engine.paired import (
     clustered_p,
     differences,
     holm,
+    mcnemar,
     paired_difference,
     paired_mean,
     resampled,

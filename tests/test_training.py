@@ -164,9 +164,7 @@ def test_gradients_from_before_do_not_join_the_first_step():
 
 @pytest.mark.parametrize("given", [lambda losses, pairs: losses.mean(), lambda *_: None])
 def test_losses_of_ones_own_are_one_a_token(given):
-    with pytest.raises(
-        SsahError, match="token_losses gave .*; return losses of tokens"
-    ) as error:
+    with pytest.raises(SsahError, match="token_losses gave .*; return losses of tokens") as error:
         finetune(tiny_model(), tiny_tokenizer(), PAIRS, token_losses=given)
     assert "\n" not in str(error.value)
 

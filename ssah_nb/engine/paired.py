@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['differences', 'weights_of', 'spread', 'draws_of', 'all_draws', 'resampled', 'paired_difference', 'paired_mean',
-           'clustered_p', 'holm']
+           'mcnemar', 'clustered_p', 'holm']
 
 # %% ../../nbs/engine/paired.ipynb #paired-002
 import itertools
@@ -16,7 +16,6 @@ from scipy import special
 
 from .intervals import Estimate, wilson
 from .limits import check_seed
-from .matched import mcnemar
 from .run import SsahError
 
 # %% ../../nbs/engine/paired.ipynb #paired-004
@@ -135,6 +134,20 @@ def paired_mean(
     found = paired_difference(np.zeros(outcomes.shape[-1:], outcomes.dtype), outcomes, seed=seed)
     low = max(found.low, 0.0) if outcomes.dtype == bool else found.low
     return Estimate(found.value, low, found.high, found.n)
+
+# %% ../../nbs/engine/paired.ipynb #matched-015
+def mcnemar(
+    a: Sequence[bool] | np.ndarray,  # one outcome a prompt
+    b: Sequence[bool] | np.ndarray,  # outcomes of the same prompts
+) -> tuple[int, int, float]:
+    "How many are true in `a` alone, and in `b` alone; the exact two-sided p. Raises `SsahError`."
+    if len(a) != len(b):
+        raise SsahError(f"{len(a)} and {len(b)} outcomes do not pair up; give one a prompt to each")
+    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    n, least = only_a + only_b, min(only_a, only_b)
+    p = 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n
+    return only_a, only_b, min(1.0, p)
 
 # %% ../../nbs/engine/paired.ipynb #paired-018
 def clustered_p(

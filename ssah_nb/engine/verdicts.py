@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .intervals import Estimate, exp, exp_of, wilson
-from .matched import mcnemar
-from .paired import clustered_p, holm, paired_difference, paired_mean
+from .paired import clustered_p, holm, mcnemar, paired_difference, paired_mean
 from .run import SsahError
 
 # %% ../../nbs/engine/verdicts.ipynb #verdicts-004
