@@ -186,6 +186,17 @@ def test_the_seed_says_what_is_dropped(dropout):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_float64_models_keep_their_digits():
+    model = tiny_model().double()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.data += 1e-12  # float32 would lose it
+    model.requires_grad_(False).lm_head.requires_grad_(True)
+    finetune(model, tiny_tokenizer(), PAIRS, lr=1e-12)
+    moved = model.lm_head.weight - before["lm_head.weight"]
+    assert (moved > 0).all() and moved.max() < 1e-10
+
+
 def test_nan_loss_is_an_error():
     model = tiny_model()
     model.lm_head.weight.data[0] = float("nan")

@@ -95,7 +95,8 @@ def gradients_to(
     def hand_over(p: torch.nn.Parameter):
         master, new = masters[p], p.grad
         if new is not None:
-            master.grad = new.float() if master.grad is None else master.grad.add_(new)
+            begun = master.grad is not None
+            master.grad = master.grad.add_(new) if begun else new.to(master.dtype)
         p.grad = None
 
     handles = [p.register_post_accumulate_grad_hook(hand_over) for p in masters]
@@ -141,11 +142,12 @@ def backward_parts(
 
 # %% ../../nbs/engine/training.ipynb #04ef6ecf
 class FloatMasters:
-    "A float32 master of each trained weight; the weights follow, rounded."
+    "A master of each trained weight, in float32 or finer; the weights follow, rounded."
 
     def __init__(self, trained: list[torch.nn.Parameter]):
-        self.masters = {p: torch.nn.Parameter(p.detach().float()) for p in trained}
-        self.rounded = [(p, m) for p, m in self.masters.items() if p.dtype != torch.float32]
+        exact = {p: torch.promote_types(p.dtype, torch.float32) for p in trained}
+        self.masters = {p: torch.nn.Parameter(p.detach().to(dtype)) for p, dtype in exact.items()}
+        self.rounded = [(p, m) for p, m in self.masters.items() if p.dtype != m.dtype]
 
     def follow(self):
         "Bring the weights to where their masters are."
