@@ -22,7 +22,7 @@ def verdict(
     limit: float = 0.0,  # what the number is compared with
 ) -> str:  # "holds", "fails", "open", or "not measured" for NaN
     "Holds when the whole interval is on the claimed side, fails when none of it is, else open."
-    if low != low:
+    if low != low or high != high:
         return "not measured"
     start, end = {
         "above": (limit, float("inf")),

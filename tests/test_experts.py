@@ -18,7 +18,7 @@ from ssah_nb.engine.models import MIXTURES, TINY_EXPERTS, TINY_SIZES, tiny_model
 from ssah_nb.engine.run import SsahError
 from ssah_nb.engine.scores import METHODS
 from ssah_nb.freezing import freeze, merge
-from ssah_nb.units import UnitMask, signature, unit_parameters
+from ssah_nb.units import UnitMask, depth_two, signature, unit_parameters
 
 IDS = torch.arange(40).view(2, 20) * 5
 
@@ -131,6 +131,25 @@ def test_units_and_their_size(architecture):
     heads = sum(w.numel() for n, w in model.named_parameters() if n.endswith("_proj.weight"))
     heads -= sum(w.numel() for n, w in model.named_parameters() if "shared_expert." in n)
     assert share["parameters"] == (whole + heads) / model.num_parameters()
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_hooks_on_frozen_experts_are_called_once(architecture):
+    model, calls = tiny_model(architecture), []
+    (experts, *_), _ = zip(
+        *[(m, n) for n, m in model.named_modules() if hasattr(m, "gate_up_proj")]
+    )
+    experts.register_forward_hook(lambda module, inputs, output: (calls.append(1), output + 1)[1])
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = model(ids).logits
+        kinds = [
+            torch.zeros(len(m), m[0].units, dtype=torch.bool) for m in depth_two(model).values()
+        ]
+        kinds[0][:, ::3] = True
+        for changed in (freeze(model, UnitMask(*kinds)), merge(model)):
+            calls.clear()
+            assert torch.allclose(changed(ids).logits, wanted, atol=1e-4) and calls == [1]
 
 
 def unreached():

@@ -83,7 +83,7 @@ def test_a_table_for_reading_has_units_intervals_and_no_noise():
     assert list(shown["steady"]) == ["True", "False", "True"]
 
 
-def test_no_number_but_zero_is_shown_as_zero():
+def test_small_numbers_do_not_read_as_zero():
     row = pd.DataFrame({"way": ["a"], "d": [-0.0385], "d_low": [-0.07], "d_high": [-0.0004]})
     assert readable(row, {"way": "way", "d": "d (points)"}).iloc[0, 0] == "-3.9 (-7.0 to -0.04)"
     zero = row.assign(d=0.0, d_low=0.0, d_high=0.0)

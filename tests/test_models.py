@@ -105,6 +105,19 @@ def test_saving_never_deletes_what_is_no_model(other, tmp_path):
     assert {p.name for p in folder.iterdir()} == before
 
 
+def test_what_a_save_has_written_can_be_replaced(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": tokenizer.chat_template}
+    for seed in (0, 1):
+        folder = save_model(tiny_model(seed=seed), tokenizer, tmp_path / "model")
+    assert any(path.is_dir() for path in folder.iterdir())
+
+
+def test_a_relative_folder_stays_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(save_model(tiny_model(), tiny_tokenizer(), "mine")) == "mine"
+
+
 def test_an_adapter_alone_is_not_saved(tmp_path):
     peft = pytest.importorskip("peft")
     folder = save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")

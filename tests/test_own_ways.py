@@ -81,8 +81,8 @@ def test_what_is_wrong_with_a_way_is_said(scored, own_way):
     ("change", "said"),
     [
         ({"finish": 3}, "int 3 as finish; give a function"),
-        ({"lr_factor": None}, "NoneType None as lr_factor; give a number"),
-        ({"extra": None}, "NoneType None as extra; give pairs"),
+        ({"lr_factor": "half"}, "str 'half' as lr_factor; give a number"),
+        ({"extra": 3}, "int 3 as extra; give pairs"),
         ({"before_step": 3}, "int 3 as before_step; give a function"),
         ({"adapter": [8]}, "list [8] as adapter; give a dict of options"),
         ({"anchor": anchoring.Anchor}, "as anchor; give an object with loss(model)"),
@@ -102,8 +102,15 @@ def test_what_a_way_cannot_be(scored, own_way):
     with pytest.raises(SsahError, match="freezes of mine is a UnitMask; make it a function"):
         run_way(scored, "mine")
     own_way(trains=lambda case, model: {"finish": lambda model: tiny_model()})
-    with pytest.raises(SsahError, match="finish of mine returned a LlamaForCausalLM; let it"):
+    with pytest.raises(SsahError, match="finish of mine returned another LlamaForCausalLM; let it"):
         run_way(scored, "mine")
+
+
+def test_what_changes_nothing_may_be_none(scored, own_way):
+    nothing = dict.fromkeys(("anchor", "adapter", "extra", "token_losses", "before_step"))
+    own_way(trains=lambda case, model: nothing | {"finish": lambda model: model})
+    model, _ = run_way(scored, "mine")
+    assert same_weights(model, run_way(scored, "full")[0])
 
 
 @pytest.mark.parametrize("way", ["lora", "safe_lora"])

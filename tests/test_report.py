@@ -37,6 +37,7 @@ def test_paper_numbers():
         (float("nan"), float("nan"), "above", 0, "not measured"),
         (1.0, float("inf"), "above", 0, "holds"),
         (1.0, float("inf"), "below", 0, "fails"),
+        (1.0, float("nan"), "above", 0, "not measured"),
     ],
 )
 def test_verdicts(low, high, claim, limit, expected):

@@ -91,7 +91,7 @@ def test_a_copy_of_a_model_that_trl_has_trained_is_its_own(tmp_path):
     twin, before = copied(model), snapshot(model)
     finetune(twin, tokenizer, pairs, lr=1e-2)
     assert same(snapshot(model), before) and not same(snapshot(twin), before)
-    with pytest.raises(SsahError, match="a copy of a model that TRL has trained"):
+    with pytest.raises(SsahError, match="A copy of a model that TRL has trained"):
         finetune(copy.deepcopy(model), tokenizer, pairs, lr=1e-2)
     batches = list(token_batches(encode_pairs(tokenizer, pairs), 1024, model))
     assert all(found.any() for found in unit_gradients(model, depth_two(model), batches).values())

@@ -111,6 +111,8 @@ def test_the_figure_of_ways_has_the_safest_on_top(table):
     (each,) = [line.get_xdata() for line in attack.lines if line.get_marker() == "|"][:1]
     assert sorted(each) == sorted(100 * cases[cases.way == "full"].attack_success)
     start = cases[cases.way == "aligned"].iloc[0]
+    (grey,) = prices[1].patches
+    assert grey.get_x() == pytest.approx(100 * start.over_refusal + 3) and grey.get_width() > 0
     for ax, column in ((attack, "attack_success"), (prices[1], "over_refusal")):
         dotted = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
         assert dotted == [100 * start[column]]

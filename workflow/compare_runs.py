@@ -27,11 +27,11 @@ from ssah_nb.engine.comparison import (
 from ssah_nb.engine.run import SsahError
 
 DIGITS = 0.01  # of a number without an interval: what another processor may change
-TIMES = {"seconds", "minutes"}  # columns that no two runs share
+TIMES = {"seconds", "minutes"}  # columns that differ between any two runs
 
 
 def disagreements(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> list[str]:
-    """A line for each table that differs by more than its intervals, or than digits, allow."""
+    """A line for each table that differs by more than intervals or digits allow; verdicts, too."""
     lines = [f"only in one of the runs: {name}" for name in only_in_one(first, second)]
     lines += turned_verdicts(first, second)
     for name in both(first, second):

@@ -314,8 +314,8 @@ def check_reaches(loss: torch.Tensor):  # of an anchor
     "Raise `SsahError` for a loss that no trained weight can change."
     if not loss.requires_grad:
         raise SsahError(
-            "no weight that is trained can change what this anchor holds; train weights before the "
-            "units that it holds, or hold the answers (on='answers')"
+            "no weight that is trained can change what this anchor holds; train other weights, or "
+            "hold something that they change, e.g. the answers"
         )
 
 

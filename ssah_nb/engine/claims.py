@@ -107,7 +107,7 @@ def with_comparison(
 def probe_rows(
     probe: pd.DataFrame,  # [block, margin, low, high, n, model, queries]
 ) -> pd.DataFrame:  # rows such as "aligned harmful, lowest"; columns margin, _low, _high, _n
-    "For each model and kind of query: the last block, and the ends that speak most against it."
+    "For each model and kind of query: the last block, the lowest ends of all, the highest."
     found, ends = {}, ["margin", "low", "high"]
     for (model, queries), blocks in probe.groupby(["model", "queries"]):
         name, least = f"{model} {queries.split()[0]}", {"n": blocks.n.min()}

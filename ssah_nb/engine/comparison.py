@@ -67,7 +67,7 @@ def outside_values(
     first: pd.DataFrame,  # the run whose intervals count
     second: pd.DataFrame,  # another run, `comparable`
 ) -> pd.DataFrame:  # [table, row, column, first, low, high, second, distance]
-    """The second run's values outside the first run's intervals, with the distance in widths of it.
+    """The second run's values outside the first run's intervals, each with its distance in widths.
 
     The distance is infinite for a value that only one of the runs has."""
     found = []
@@ -113,7 +113,8 @@ def compare_table(name: str, first: pd.DataFrame, second: pd.DataFrame) -> dict:
         "largest": largest.max() if off.size else 0.0,
         "in": largest.idxmax() if differs else "",
         "intervals": sum(
-            int(first[low].notna().sum()) for low, _ in interval_columns(first).values()
+            int((first[low].notna() | second[low].notna()).sum())
+            for low, _ in interval_columns(first).values()
         ),
         "outside": len(outside_values(name, first, second)),
     }
@@ -171,15 +172,15 @@ def turned_verdicts(
     first: dict[str, pd.DataFrame],  # from `run_tables`
     second: dict[str, pd.DataFrame],  # another run
 ) -> list[str]:
-    "A line for each other table of which verdicts turned, such as that of the comparison."
+    "A line for each table but the report's in which verdicts turned, e.g. the comparison's."
     lines = []
     for name in both(first, second):
-        columns = [c for c in VERDICTS if c in first[name] and c in second[name]]
         if name == "paper_vs_ours" or not comparable(first[name], second[name]):
             continue
-        turned = sum(int((first[name][c] != second[name][c]).sum()) for c in columns)
-        if turned:
-            lines.append(f"{name}: {turned} verdicts turned")
+        words = [c for c in VERDICTS if c in first[name] and c not in number_columns(first[name])]
+        one, other = (table[name][words].fillna("") for table in (first, second))
+        if turned := int((one != other).sum().sum()):
+            lines.append(f"{name}: verdicts that turned: {turned}")
     return lines
 
 

@@ -14,6 +14,7 @@ import torch
 from .experts import FUSED, is_fused
 from .live import LiveTensor, show
 from .sharded import gathered, is_sharded, put, refuse_meta, sliced
+from .weights import unheard
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -65,7 +66,7 @@ class ExpertParts(nn.Module):
     ):
         super().__init__()
         meta = {name: getattr(experts, name).to("meta") for name in FUSED}
-        vars(self)["shell"] = with_weights(experts, meta)
+        vars(self)["shell"] = unheard(with_weights(experts, meta))
         self.flags = {name: getattr(experts, name).requires_grad for name in FUSED}
         self.masks, self.replaced = dict[str, torch.Tensor](), False
         for dim, name in enumerate(FUSED):

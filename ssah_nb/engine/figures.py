@@ -59,7 +59,7 @@ def figure_bytes(
 
 # %% ../../nbs/engine/figures.ipynb #figures-009
 def shown_digits(number: float, digits: int) -> int:
-    "So many digits, or more where a number would read as zero: −0.04, and not −0.0."
+    "So many digits, or up to 4 where a number would read as zero: −0.04, and not −0.0."
     while number and not round(number, digits) and digits < 4:
         digits += 1
     return digits

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BETAS', 'ENERGY', 'ROOM', 'constrained_losses', 'key_of', 'losses_before', 'betas_of', 'Constrained', 'prompt_states',
            'states_before', 'HiddenAnchor', 'leading_directions', 'same_input', 'in_portions', 'input_squares',
-           'directions_of', 'master_of', 'InputProjection', 'project_step', 'RefusalLoss', 'open_autocast',
+           'directions_of', 'master_of', 'along', 'InputProjection', 'project_step', 'RefusalLoss', 'open_autocast',
            'SafetyTrigger', 'gradient_copy', 'unit_means', 'unit_gradients']
 
 # %% ../../nbs/engine/holding.ipynb #holding-002
@@ -239,6 +239,12 @@ def master_of(
     return masters[weight]
 
 # %% ../../nbs/engine/holding.ipynb #holding-012
+def along(weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:  # [rows, in], [in, directions]
+    "What each row has along the directions, in float32 or finer."
+    finer = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(finer) @ u.to(finer)
+
+
 class InputProjection:
     "`correct_step`: keeps the updates of linears off the directions of harmful prompts."
 
@@ -251,14 +257,14 @@ class InputProjection:
     ):
         self.directions = directions_of(model, modules, batches, energy)  # of each linear, U
         weights = {name: model.get_submodule(name).weight for name in self.directions}
-        self.before = {n: w.detach().float() @ self.directions[n] for n, w in weights.items()}
+        self.before = {n: along(w.detach(), self.directions[n]) for n, w in weights.items()}
 
     @torch.no_grad()
     def correct(self, model: PreTrainedModel, masters: Masters):
         "Take out what the step has added along the directions. Raises `SsahError`."
         for name, u in self.directions.items():
             master = master_of(model, name, masters)
-            master.sub_((master @ u - self.before[name]) @ u.T)
+            master.sub_((along(master, u) - self.before[name]) @ u.T.to(master.dtype))
 
 # %% ../../nbs/engine/holding.ipynb #702e8038
 @torch.no_grad()

@@ -38,12 +38,13 @@ class Average:
         decay: float,  # weight of what was before, 0 to below 1
     ):
         self.parameters, self.decay = parameters, decay
-        self.values = [p.detach().float().clone() for p in parameters]
+        exact = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
+        self.values = [p.detach().to(dtype, copy=True) for p, dtype in zip(parameters, exact)]
 
     def follow(self):
         "To be called after each step."
         for value, p in zip(self.values, self.parameters):
-            value.lerp_(p.detach().float(), 1 - self.decay)
+            value.lerp_(p.detach().to(value.dtype), 1 - self.decay)
 
     @torch.no_grad()
     def put(self):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHATML', 'ARCHITECTURES', 'MIXTURES', 'TINY_SIZES', 'TINY_EXPERTS', 'EMBEDDED', 'OF_A_MODEL', 'tiny_tokenizer',
            'tiny_model', 'first_line', 'hush', 'dequantized', 'read_gguf', 'load_gguf', 'read_pretrained',
-           'load_pretrained', 'check_finite', 'load_named', 'load_model', 'replace_folder', 'check_saved', 'save_model',
-           'given_stage', 'stage_name', 'load_stage', 'is_mixed']
+           'load_pretrained', 'check_finite', 'load_named', 'load_model', 'replace_folder', 'check_merged',
+           'check_replaceable', 'save_model', 'given_stage', 'stage_name', 'load_stage', 'is_mixed']
 
 # %% ../../nbs/engine/models.ipynb #models-002
 import os
@@ -284,16 +284,20 @@ OF_A_MODEL = re.compile(  # what `save_pretrained` of a model and of a tokenizer
 )
 
 
-def check_saved(model: PreTrainedModel, folder: Path):
-    "Raise `SsahError` for a model that cannot be loaded again, or a folder with other things."
+def check_merged(model: PreTrainedModel):
+    "Raise `SsahError` for a model with an adapter, which alone would be saved."
     if getattr(model, "peft_config", None):
         raise SsahError(
             "the model carries an adapter, and an adapter alone would be saved; "
             "merge it first: model.merge_and_unload()"
         )
+
+
+def check_replaceable(folder: Path, new: set[str]):  # new: names that the new save has written
+    "Raise `SsahError` for a folder that holds other things than a model."
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in inside:
-        if path.is_dir() or not OF_A_MODEL.fullmatch(path.name):
+        if path.name not in new and (path.is_dir() or not OF_A_MODEL.fullmatch(path.name)):
             raise SsahError(
                 f"{folder} holds {path.name}, and a saved model replaces the whole folder; "
                 "choose another folder"
@@ -309,16 +313,18 @@ def save_model(
 
     Raises `SsahError` for an adapter, a folder with other things, and a full disk. What was in the
     folder is then still there."""
-    folder = Path(folder).absolute()
-    check_saved(model, folder)
-    work = part_of(folder)
+    folder = Path(folder)
+    place = folder.absolute()
+    check_merged(model)
+    work = part_of(place)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts(place)
         work.mkdir()
         model.save_pretrained(work / "new")
         tokenizer.save_pretrained(work / "new")
-        replace_folder(work / "new", folder, work / "old")
+        check_replaceable(place, {path.name for path in (work / "new").iterdir()})
+        replace_folder(work / "new", place, work / "old")
     except (OSError, SafetensorError) as e:
         raise SsahError(
             f"cannot save the model to {folder} ({first_line(e)}); "

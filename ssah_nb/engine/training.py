@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Masters', 'mixed_precision', 'has_dropout', 'seeded', 'training_mode', 'gradients_to', 'training_batches',
-           'rate_share', 'backward_parts', 'FloatMasters', 'clip', 'check_gradients', 'Stepper', 'check_loss',
+           'rate_share', 'backward_parts', 'FloatMasters', 'clip', 'check_reached', 'Stepper', 'check_loss',
            'check_anchor', 'trained_weights', 'Hooks', 'products_of', 'history_of', 'optimize', 'as_losses',
            'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity',
            'perplexity_as_trained']
@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import DRAWING
 from .anchors import check_reaches
 from .batches import response_losses, token_batches
 from .chat import encode_pairs
@@ -61,12 +62,12 @@ def has_dropout(model: torch.nn.Module) -> bool:  # any model
 
 @contextmanager
 def seeded(model: torch.nn.Module, seed: int) -> Iterator[None]:
-    "With gradients; what is dropped follows from the seed, and the caller's random numbers go on."
+    "With gradients; what is dropped follows from the seed, and the caller's numbers stay theirs."
     with torch.enable_grad():
         if not has_dropout(model):
             yield
             return
-        with torch.random.fork_rng():
+        with DRAWING, torch.random.fork_rng():
             torch.manual_seed(int(seed))
             yield
 
@@ -81,7 +82,7 @@ def training_mode(model: torch.nn.Module) -> Iterator[None]:  # any model
         model.eval()
 
 # %% ../../nbs/engine/training.ipynb #training-013
-Masters = dict[torch.nn.Parameter, torch.nn.Parameter]  # {trained: its float32 master}
+Masters = dict[torch.nn.Parameter, torch.nn.Parameter]  # {trained: its master, float32 or finer}
 
 
 @contextmanager
@@ -166,17 +167,19 @@ def clip(parameters: Iterable[torch.nn.Parameter]):  # with their gradients
         )
 
 # %% ../../nbs/engine/training.ipynb #1ce087e5
-def check_gradients(masters: Iterable[torch.nn.Parameter]):
-    "Raise `SsahError` when the loss has reached none of what is trained."
-    if all(master.grad is None for master in masters):
+def check_reached(reached: bool):  # whether a gradient has reached something that is trained
+    "Raise `SsahError` when none has."
+    if not reached:
         raise SsahError(
             "the loss has no gradient for any weight that is trained; train weights that it "
-            "depends on, or, for a copy of a model that TRL has trained, load the copy from a file"
+            "depends on. A copy of a model that TRL has trained runs the original: save and load it"
         )
 
 
 class Stepper(FloatMasters):
-    "AdamW on float32 masters of the trained weights; the weights follow, rounded."
+    "AdamW on the masters of the trained weights; the weights follow, rounded."
+
+    reached = False  # whether any step has had a gradient
 
     def __init__(self, trained: list[torch.nn.Parameter], lr: float, steps: int):
         super().__init__(trained)
@@ -188,7 +191,8 @@ class Stepper(FloatMasters):
 
     def step(self):
         "One step with the gradients of the masters, clipped to norm 1."
-        check_gradients(self.masters.values())
+        self.reached = self.reached or any(m.grad is not None for m in self.masters.values())
+        check_reached(self.reached)
         clip(self.masters.values())
         self.optimizer.step()
         self.schedule.step()

@@ -165,22 +165,22 @@ NUMBERS, FUNCTIONS = ("lr_factor", "ema"), ("token_losses", "before_step", "corr
 
 def check_change(way: str, name: str, value: Any):  # name: a key of CHANGES
     "Raise `SsahError` for a value that this change of a way cannot have."
-    fits, wanted = True, ""
+    fits, wanted = True, "pairs"
     if name in NUMBERS:
         fits, wanted = is_finite(value), "a number"
     elif name in FUNCTIONS:
         fits, wanted = callable(value), "a function"
     elif name == "anchor":
         loss = getattr(value, "loss", None)
-        fits, wanted = callable(loss) and not isinstance(value, type), "an object with loss(model)"
+        fits = callable(loss) and not isinstance(value, type)
+        wanted = "an object with loss(model)"
     elif name == "adapter":
         fits, wanted = isinstance(value, Mapping), "a dict of options"
     elif name == "extra":
-        fits, wanted = isinstance(value, Iterable) and not isinstance(value, str), "pairs"
+        fits = isinstance(value, Iterable) and not isinstance(value, str)
     if not fits:
-        raise SsahError(
-            f"{way} gives {type(value).__name__} {value!r:.40} as {name}; give {wanted}"
-        )
+        shown = " ".join(repr(value).split())[:40]
+        raise SsahError(f"{way} gives {type(value).__name__} {shown} as {name}; give {wanted}")
 
 
 def way_of(name: str) -> Way:
@@ -206,7 +206,7 @@ def changes_of(
     given = way.trains(case, model) if way.trains else {}
     if not isinstance(given, Mapping):
         raise SsahError(f"trains of {case.way} gave a {type(given).__name__}; return a dict")
-    changes = dict(given)
+    changes = {name: value for name, value in given.items() if value is not None}
     if unknown := ", ".join(sorted(changes.keys() - CHANGES.keys())):
         raise SsahError(f"{case.way} changes {unknown}; use keys of CHANGES: {', '.join(CHANGES)}")
     for name, value in changes.items():
@@ -224,10 +224,10 @@ def finished(
     if finish is None:
         return {}
     given = finish(model)
-    if isinstance(given, nn.Module):
+    if isinstance(given, nn.Module) and given is not model:
         raise SsahError(
-            f"finish of {case.way} returned a {type(given).__name__}; let it change the model in "
-            "place (the model that it was given is trained)"
+            f"finish of {case.way} returned another {type(given).__name__}; let it change the "
+            "model in place (the model that it was given is the one that is trained)"
         )
     target = training.get("target")
     now = perplexity_as_trained(model, case.tokenizer, case.pairs, training)

@@ -210,7 +210,7 @@ def draw_limits(
     perplexity.axvspan(1.02, max(1.04, perplexity.get_xlim()[1]), color="0.93", zorder=0)
     for row in start.itertuples():
         before = 100 * row.over_refusal
-        refusal.axvspan(before + 3, refusal.get_xlim()[1], color="0.93", zorder=0)
+        refusal.axvspan(before + 3, max(before + 4, refusal.get_xlim()[1]), color="0.93", zorder=0)
         refusal.axvline(before, color="0.3", linestyle=":", zorder=1)
         attack.axvline(100 * row.attack_success, color="0.3", linestyle=":", zorder=1)
     for ax in axes:
