@@ -96,8 +96,8 @@ def gradients_to(
     def hand_over(p: torch.nn.Parameter):
         master, new = masters[p], p.grad
         if new is not None:
-            begun = master.grad is not None
-            master.grad = master.grad.add_(new) if begun else new.to(master.dtype)
+            old = master.grad
+            master.grad = new.to(master.dtype) if old is None else old.add_(new)
         p.grad = None
 
     handles = [p.register_post_accumulate_grad_hook(hand_over) for p in masters]
