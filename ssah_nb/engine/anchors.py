@@ -318,7 +318,7 @@ def check_reaches(loss: torch.Tensor):  # of an anchor
             "hold something that they change, e.g. the answers"
         )
 
-
+# %% ../../nbs/engine/anchors.ipynb #split-02
 class AnchorCallback(TrainerCallback):
     "Adds an anchor's gradient at the start of each step of a `transformers.Trainer`."
 

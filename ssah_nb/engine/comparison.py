@@ -167,7 +167,7 @@ def changed_verdicts(
     pairs = first.merge(second, left_index=True, right_index=True, suffixes=("", "_second"))
     return pairs[pairs.verdict != pairs.verdict_second]
 
-
+# %% ../../nbs/engine/comparison.ipynb #split-04
 def turned_verdicts(
     first: dict[str, pd.DataFrame],  # from `run_tables`
     second: dict[str, pd.DataFrame],  # another run
@@ -183,7 +183,7 @@ def turned_verdicts(
             lines.append(f"{name}: verdicts that turned: {turned}")
     return lines
 
-
+# %% ../../nbs/engine/comparison.ipynb #split-05
 def verdict_lines(changed: pd.DataFrame) -> list[str]:  # from `changed_verdicts`
     "Each claim that got another verdict, with both values and intervals, in one line."
     return [

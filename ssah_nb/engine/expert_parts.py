@@ -14,7 +14,7 @@ import torch
 from .experts import FUSED, is_fused
 from .live import LiveTensor, show
 from .sharded import gathered, is_sharded, put, refuse_meta, sliced
-from .weights import unheard
+from .weights import trains_on, unheard
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -148,12 +148,9 @@ class SplitExperts(SavedExperts):
 
     def merged(self) -> nn.Module:
         "The original module, with what was trained."
-        whole: dict[str, torch.Tensor] = {}
-        for name, flag in self.flags.items():
-            trained = self.parts(name)[0]
-            flag = flag and (trained.requires_grad or not trained.numel())
-            whole[name] = nn.Parameter(self.original(name), flag)
-        return with_weights(self.shell, whole).train(self.training)
+        return with_weights(
+            self.shell, {n: nn.Parameter(self.original(n), trains_on(self, n)) for n in self.flags}
+        ).train(self.training)
 
     def extra_repr(self) -> str:
         "What `print` shows."

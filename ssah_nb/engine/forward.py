@@ -234,7 +234,7 @@ def runs_one_of(function: Any, modules: set[int]) -> bool:  # modules: their ids
     bound = (held for held in held_by(function) if isinstance(held, MethodType))
     return any(id(held.__self__) in modules for held in bound)
 
-
+# %% ../../nbs/engine/forward.ipynb #split-07
 def copied(model: Any) -> Any:  # a model
     "A deep copy that never runs the original. Raises `SsahError` where a forward still would."
     twin, originals = copy.deepcopy(model), {id(module) for module in model.modules()}

@@ -314,7 +314,7 @@ def open_autocast(where: str) -> torch.autocast:  # a device type
     dtype, enabled = torch.get_autocast_dtype(where), torch.is_autocast_enabled(where)
     return torch.autocast(where, dtype, enabled)
 
-
+# %% ../../nbs/engine/holding.ipynb #split-08
 class SafetyTrigger(RefusalLoss):
     "`before_step` and `correct_step`: projects the steps that raised the refusal loss."
 

@@ -20,15 +20,9 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    modeling_gguf_pytorch_utils,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 from .checkpoints import check_claims, check_folder, check_gguf, check_whole
@@ -283,7 +277,7 @@ OF_A_MODEL = re.compile(  # what `save_pretrained` of a model and of a tokenizer
     r"|(merges|vocab)\.txt|\w+\.model"
 )
 
-
+# %% ../../nbs/engine/models.ipynb #split-09
 def check_merged(model: PreTrainedModel):
     "Raise `SsahError` for a model with an adapter, which alone would be saved."
     if getattr(model, "peft_config", None):
@@ -303,7 +297,7 @@ def check_replaceable(folder: Path, new: set[str]):  # new: names that the new s
                 "choose another folder"
             )
 
-
+# %% ../../nbs/engine/models.ipynb #split-11
 def save_model(
     model: PreTrainedModel,  # an ordinary (merged) model
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -311,12 +305,10 @@ def save_model(
 ) -> Path:
     """Save as safetensors, all or nothing.
 
-    Raises `SsahError` for an adapter, a folder with other things, and a full disk. What was in the
-    folder is then still there."""
-    folder = Path(folder)
-    place = folder.absolute()
-    check_merged(model)
+    Raises `SsahError` for an adapter, other things in the folder, a full disk; these stay."""
+    folder, place = Path(folder), Path(folder).absolute()
     work = part_of(place)
+    check_merged(model)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_parts(place)

@@ -18,7 +18,7 @@ from .live import LiveTensor, show
 from .products import Permuted, SplitProduct, adjacent, whole
 from .run import SsahError
 from .sharded import gathered, is_sharded, put, refuse_meta, refuse_sharded, sliced
-from .weights import check_unpacked, is_heard, take_place
+from .weights import check_unpacked, is_heard, take_place, trains_on
 from weakref import WeakValueDictionary
 from typing import Any
 from torch import nn
@@ -183,10 +183,8 @@ class SavedParts(LinearParts):
     def merged(self) -> nn.Linear:
         "The original linear, with what was trained."
         linear = nn.Linear(self.in_features, self.out_features, "bias" in self.flags, device="meta")
-        for name, flag in self.flags.items():
-            trained = self.parts(name)[0]
-            flag = flag and (trained.requires_grad or not len(trained))
-            setattr(linear, name, nn.Parameter(self.original(name), requires_grad=flag))
+        for name in self.flags:
+            setattr(linear, name, nn.Parameter(self.original(name), trains_on(self, name)))
         return linear.train(self.training)
 
 # %% ../../nbs/engine/parts.ipynb #e0e28687

@@ -40,7 +40,7 @@ def mean_of_b(model: PreTrainedModel, module: Any) -> torch.Tensor:
     "mean_i |B_ij| of each channel, float64."
     return columns_of_b(model, module, torch.Tensor.abs_) / sizes(model, module.b)[0]
 
-
+# %% ../../nbs/engine/scores.ipynb #split-13
 def rows_of_a(model: PreTrainedModel, module: Any, change: Callable) -> list[torch.Tensor]:
     "The sum of each channel's row after the change, float64, for each linear of A."
     size, sums = module.units * module.width, sums_of_rows

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Masters', 'mixed_precision', 'has_dropout', 'seeded', 'training_mode', 'gradients_to', 'training_batches',
-           'rate_share', 'backward_parts', 'FloatMasters', 'clip', 'check_reached', 'Stepper', 'check_loss',
+           'rate_share', 'backward_parts', 'FloatMasters', 'clip', 'has_gradients', 'Stepper', 'check_loss',
            'check_anchor', 'trained_weights', 'Hooks', 'products_of', 'history_of', 'optimize', 'as_losses',
            'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity',
            'perplexity_as_trained']
@@ -21,8 +21,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from .adapters import DRAWING
 from .anchors import check_reaches
 from .batches import response_losses, token_batches
@@ -50,7 +50,7 @@ def mixed_precision(model: PreTrainedModel) -> Iterator[None]:  # any model, PEF
         if plain:
             model.set_attn_implementation(attention)
 
-
+# %% ../../nbs/engine/training.ipynb #split-15
 def has_dropout(model: torch.nn.Module) -> bool:  # any model
     "Whether something in it drops numbers at random while it is trained."
     dropouts = torch.nn.modules.dropout._DropoutNd
@@ -59,7 +59,7 @@ def has_dropout(model: torch.nn.Module) -> bool:  # any model
     numbers += [module.p for module in model.modules() if isinstance(module, dropouts)]
     return any(isinstance(number, float) and number > 0 for number in numbers)
 
-
+# %% ../../nbs/engine/training.ipynb #split-16
 @contextmanager
 def seeded(model: torch.nn.Module, seed: int) -> Iterator[None]:
     "With gradients; what is dropped follows from the seed, and the caller's numbers stay theirs."
@@ -71,7 +71,7 @@ def seeded(model: torch.nn.Module, seed: int) -> Iterator[None]:
             torch.manual_seed(int(seed))
             yield
 
-
+# %% ../../nbs/engine/training.ipynb #split-17
 @contextmanager
 def training_mode(model: torch.nn.Module) -> Iterator[None]:  # any model
     "The model in training mode; in evaluation mode afterwards, after an error, too."
@@ -156,6 +156,10 @@ class FloatMasters:
             p.detach().copy_(master)
         torch.clear_autocast_cache()  # it holds the weights from before the step
 
+    def nbytes(self) -> int:
+        "Memory of the masters that are not the weights themselves."
+        return sum(master.nbytes for _, master in self.rounded)
+
 # %% ../../nbs/engine/training.ipynb #46d5e35e
 def clip(parameters: Iterable[torch.nn.Parameter]):  # with their gradients
     "Clip the gradient to norm 1. Raises `SsahError` when it is NaN or infinite."
@@ -167,32 +171,30 @@ def clip(parameters: Iterable[torch.nn.Parameter]):  # with their gradients
         )
 
 # %% ../../nbs/engine/training.ipynb #1ce087e5
-def check_reached(reached: bool):  # whether a gradient has reached something that is trained
-    "Raise `SsahError` when none has."
-    if not reached:
-        raise SsahError(
-            "the loss has no gradient for any weight that is trained; train weights that it "
-            "depends on. A copy of a model that TRL has trained runs the original: save and load it"
-        )
+def has_gradients(masters: Iterable[torch.nn.Parameter]) -> bool:
+    "True where the loss has reached something that is trained. Raises `SsahError` elsewhere."
+    if any(master.grad is not None for master in masters):
+        return True
+    raise SsahError(
+        "the loss has no gradient for any weight that is trained; train weights that it depends "
+        "on. A copy of a model that TRL has trained runs the original: save and load it"
+    )
 
-
+# %% ../../nbs/engine/training.ipynb #split-18
 class Stepper(FloatMasters):
     "AdamW on the masters of the trained weights; the weights follow, rounded."
 
-    reached = False  # whether any step has had a gradient
-
     def __init__(self, trained: list[torch.nn.Parameter], lr: float, steps: int):
         super().__init__(trained)
+        self.reached = False  # whether a step has had a gradient
         self.optimizer = torch.optim.AdamW(
             self.masters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
-        rate = partial(rate_share, steps=steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.schedule = LambdaLR(self.optimizer, partial(rate_share, steps=steps))
 
     def step(self):
         "One step with the gradients of the masters, clipped to norm 1."
-        self.reached = self.reached or any(m.grad is not None for m in self.masters.values())
-        check_reached(self.reached)
+        self.reached = self.reached or has_gradients(self.masters.values())
         clip(self.masters.values())
         self.optimizer.step()
         self.schedule.step()
@@ -200,10 +202,9 @@ class Stepper(FloatMasters):
         self.follow()
 
     def nbytes(self) -> int:
-        "Memory of the optimizer's state, and of masters that are not the weights themselves."
-        states = self.optimizer.state.values()
-        tensors = [t for state in states for t in state.values() if torch.is_tensor(t)]
-        return sum(t.nbytes for t in tensors + [master for _, master in self.rounded])
+        "Memory of the optimizer's state, too."
+        kept = (t for state in self.optimizer.state.values() for t in state.values())
+        return super().nbytes() + sum(t.nbytes for t in kept if torch.is_tensor(t))
 
 # %% ../../nbs/engine/training.ipynb #training-008
 def check_loss(losses: list[float], lr: float):  # losses: of all steps so far
@@ -250,8 +251,7 @@ class Hooks:
             self.before_step(stepper.masters)
         stepper.step()
         if self.correct_step:
-            # bfloat16 would round a step away
-            with torch.autocast(model.device.type, enabled=False):
+            with torch.autocast(model.device.type, enabled=False):  # bfloat16 rounds a step away
                 self.correct_step(stepper.masters)
             stepper.follow()
         if self.after_step:

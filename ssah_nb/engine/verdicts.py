@@ -131,7 +131,7 @@ def harmful_of_both(other: Cases, cases: Cases) -> tuple[np.ndarray, np.ndarray]
         return None
     return stacked(same, "harmful"), stacked(ours, "harmful")
 
-
+# %% ../../nbs/engine/verdicts.ipynb #split-19
 def against(other: Cases, cases: Cases, name: str) -> dict[str, float]:
     "The paired difference of attack success from another way's, in the orders of both."
     both = harmful_of_both(other, cases)

@@ -98,7 +98,7 @@ class Ways(LateWays, MutableMapping[str, Way]):
     def __repr__(self) -> str:
         return repr(self.all())
 
-
+# %% ../../nbs/engine/ways.ipynb #split-20
 WAYS = Ways("ssah_nb.anchoring")
 
 # %% ../../nbs/engine/ways.ipynb #802fcc26
@@ -182,7 +182,7 @@ def check_change(way: str, name: str, value: Any):  # name: a key of CHANGES
         shown = " ".join(repr(value).split())[:40]
         raise SsahError(f"{way} gives {type(value).__name__} {shown} as {name}; give {wanted}")
 
-
+# %% ../../nbs/engine/ways.ipynb #split-21
 def way_of(name: str) -> Way:
     "A way by its name. Raises `SsahError` for an unknown one."
     if name not in WAYS:
@@ -196,7 +196,7 @@ def way_of(name: str) -> Way:
             raise SsahError(f"{part} of {name} is a {kind}; make it a function of a case")
     return way
 
-
+# %% ../../nbs/engine/ways.ipynb #split-22
 def changes_of(
     case: Case,  # of the way
     model: PreTrainedModel,  # the aligned model
@@ -253,7 +253,7 @@ def safe_lora(case: Case, model: PreTrainedModel) -> dict:
 
     return lora(case, model) | {"finish": finish}
 
-
+# %% ../../nbs/engine/ways.ipynb #split-23
 def replay(case: Case, model: PreTrainedModel) -> dict:
     "Some refusals are mixed in, chosen by the seed."
     refusals = case.needed_refusals()

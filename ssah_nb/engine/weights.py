@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'HOOKS', 'beside_weight', 'is_unpacked', 'check_unpacked', 'is_heard', 'unheard', 'take_place',
-           'in_its_place']
+           'in_its_place', 'trains_on']
 
 # %% ../../nbs/engine/weights.ipynb #weights-002
 from collections import OrderedDict
@@ -67,7 +67,7 @@ def unheard(module: nn.Module) -> nn.Module:  # a shallow copy of another
     vars(module).update({hooks: OrderedDict() for hooks in HOOKS})
     return module
 
-
+# %% ../../nbs/engine/weights.ipynb #split-24
 def take_place(old: nn.Module, new: nn.Module):
     "Hand the hooks over, and note what stands there now; the hooks' handles stay good."
     vars(new).update({hooks: getattr(old, hooks) for hooks in HOOKS})
@@ -80,3 +80,9 @@ def in_its_place(module: Any) -> Any:  # one that is or was in a model
     while "replaced_by" in vars(module):
         module = vars(module)["replaced_by"]
     return module
+
+# %% ../../nbs/engine/weights.ipynb #weights-flag1
+def trains_on(split: Any, name: str) -> bool:  # a module in parts; one of its weights
+    "Whether the weight is trained when it is put together again."
+    trained = split.parts(name)[0]
+    return split.flags[name] and (trained.requires_grad or not trained.numel())
