@@ -56,7 +56,7 @@ def all_or_none(model: nn.Module) -> Iterator[None]:  # it gets an adapter insid
 # %% ../../nbs/engine/adapters.ipynb #adapters-005
 DRAWING = Lock()  # held by what seeds torch's one source of random numbers and draws from it
 
-
+# %% ../../nbs/engine/adapters.ipynb #cut-01
 def with_adapter(
     model: PreTrainedModel,  # wrapped, its weights are not changed
     seed: int,  # of the adapter's random numbers

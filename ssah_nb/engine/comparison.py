@@ -67,9 +67,7 @@ def outside_values(
     first: pd.DataFrame,  # the run whose intervals count
     second: pd.DataFrame,  # another run, `comparable`
 ) -> pd.DataFrame:  # [table, row, column, first, low, high, second, distance]
-    """The second run's values outside the first run's intervals, each with its distance in widths.
-
-    The distance is infinite for a value that only one of the runs has."""
+    "Values outside the first run's intervals; infinitely far where only one run has them."
     found = []
     for column, (low, high) in interval_columns(first).items():
         beyond = np.maximum(first[low] - second[column], second[column] - first[high])

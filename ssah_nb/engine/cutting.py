@@ -159,7 +159,7 @@ def tell_width(
 # %% ../../nbs/engine/cutting.ipynb #cutting-019
 MOST_CUT = 50  # the whole model has at most so many times the weights that were kept
 
-
+# %% ../../nbs/engine/cutting.ipynb #cut-01
 def whole_model(
     folder: str | Path,  # where a cut model's save_pretrained wrote
     note: str,  # name of the configuration's entry that says what was cut
@@ -191,7 +191,7 @@ def lists_units(units: Any, n: int) -> bool:  # n: units of the layer
     some = isinstance(units, list) and bool(units)
     return some and all(type(unit) is int and 0 <= unit < n for unit in units)
 
-
+# %% ../../nbs/engine/cutting.ipynb #cut-02
 def kept_units(
     noted: Any,  # what the configuration says: {kind: the kept units of each layer}
     modules: dict[str, list],  # of the whole model, as in `cut_plan`

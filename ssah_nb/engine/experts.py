@@ -279,8 +279,8 @@ def experts_off(
     finally:
         if handle:
             handle.remove()
-        now = in_its_place(experts).down_proj.detach()  # they may have been frozen meanwhile
-        now.transpose(1, 2)[chosen] = kept
+        now = in_its_place(experts).down_proj  # they may have been frozen meanwhile
+        now.detach().transpose(1, 2)[chosen] = kept
 
 # %% ../../nbs/engine/experts.ipynb #64890c00
 def add_answers(

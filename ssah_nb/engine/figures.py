@@ -64,7 +64,7 @@ def shown_digits(number: float, digits: int) -> int:
         digits += 1
     return digits
 
-
+# %% ../../nbs/engine/figures.ipynb #cut-01
 def cell_text(
     row: pd.Series,  # of a tidy table; an interval stands in `<column>_low` and `<column>_high`
     column: str,  # which value

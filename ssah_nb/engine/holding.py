@@ -244,7 +244,7 @@ def along(weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:  # [rows, in],
     finer = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(finer) @ u.to(finer)
 
-
+# %% ../../nbs/engine/holding.ipynb #cut-01
 class InputProjection:
     "`correct_step`: keeps the updates of linears off the directions of harmful prompts."
 

@@ -103,8 +103,7 @@ def train_until(
         last = now
         before = [p.detach().clone() for p in trained] if i else []
         took, megabytes = train(i)
-        seconds += took
-        now = measure()
+        seconds, now = seconds + took, measure()
         if target is None or now <= target:
             break
     reached = target is None or bool(now <= target)

@@ -202,6 +202,5 @@ def finetune_dpo(
     margins = margins_before(reference, model, answers, max_tokens, mixed)
     batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)]
     how = margins, beta, sft_weight, max_tokens
-    return optimize(
-        model, batches, lambda b: dpo_losses(model, answers, b, *how), lr, mixed=mixed, seed=seed
-    )
+    losses = lambda rows: dpo_losses(model, answers, rows, *how)
+    return optimize(model, batches, losses, lr, mixed=mixed, seed=seed)

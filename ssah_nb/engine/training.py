@@ -368,18 +368,8 @@ def finetune(
     encoded = encode_pairs(tokenizer, as_pairs(pairs), system, max_response, context_of(model))
     batches = all_batches(encoded, epochs, batch_size, seed)
     parts = partial(response_parts, model, encoded, max_tokens, token_losses)
-    return optimize(
-        model,
-        batches,
-        parts,
-        lr,
-        mixed=mixed,
-        seed=seed,
-        anchor=anchor,
-        before_step=before_step,
-        correct_step=correct_step,
-        after_step=after_step,
-    )
+    joining = anchor, before_step, correct_step
+    return optimize(model, batches, parts, lr, after_step, mixed, *joining, seed)
 
 # %% ../../nbs/engine/training.ipynb #training-010
 def training_perplexity(
