@@ -28,6 +28,7 @@ from .generation import evaluating
 from .run import SsahError
 from .scores import columns_of_b, rows_of_a
 from .training import Masters
+from .weights import at_least_float32
 
 # %% ../../nbs/engine/holding.ipynb #holding-005
 BETAS = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)  # of tokens 1 to 5, and of all later ones
@@ -241,8 +242,8 @@ def master_of(
 # %% ../../nbs/engine/holding.ipynb #holding-012
 def along(weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:  # [rows, in], [in, directions]
     "What each row has along the directions, in float32 or finer."
-    finer = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(finer) @ u.to(finer)
+    weight = at_least_float32(weight)
+    return weight @ u.to(weight.dtype)
 
 # %% ../../nbs/engine/holding.ipynb #cut-01
 class InputProjection:

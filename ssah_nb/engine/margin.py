@@ -30,6 +30,7 @@ from .intervals import Estimate, bootstrap_mean
 from .limits import check_counts, check_seed
 from .run import SsahError, progress
 from .states import check_in_memory, check_values
+from .weights import at_least_float32
 
 # %% ../../nbs/engine/margin.ipynb #margin-005
 REFUSAL_OPENINGS = (
@@ -187,7 +188,7 @@ def read_sequences(
     padded = torch.tensor([[*head, *[0] * (longest - len(head))] for head in heads])
     padded = padded.to(prompts.device, torch.int64).reshape(len(heads), longest)
     logits = head_logits(model, prompts, padded)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    logits = at_least_float32(logits).log_softmax(-1)
     scores = []
     for tokens in sequences:
         head = next(row for row, head in enumerate(heads) if begins_with(head, tokens[:-1]))

@@ -15,6 +15,7 @@ from .inputs import as_pairs
 from .limits import check_amounts, check_shares
 from .run import SsahError
 from .training import finetune, perplexity_as_trained
+from .weights import at_least_float32
 from torch import nn
 
 # %% ../../nbs/engine/matched.ipynb #matched-005
@@ -38,8 +39,7 @@ class Average:
         decay: float,  # weight of what was before, 0 to below 1
     ):
         self.parameters, self.decay = parameters, decay
-        exact = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
-        self.values = [p.detach().to(dtype, copy=True) for p, dtype in zip(parameters, exact)]
+        self.values = [at_least_float32(p.detach().clone()) for p in parameters]
 
     def follow(self):
         "To be called after each step."

@@ -34,6 +34,7 @@ from .limits import check_amounts, check_counts, check_limits, check_seed
 from .models import is_mixed
 from .run import SsahError, progress
 from .states import check_in_memory
+from .weights import at_least_float32
 
 # %% ../../nbs/engine/training.ipynb #training-005
 @contextmanager
@@ -146,8 +147,7 @@ class FloatMasters:
     "A master of each trained weight, in float32 or finer; the weights follow, rounded."
 
     def __init__(self, trained: list[torch.nn.Parameter]):
-        exact = {p: torch.promote_types(p.dtype, torch.float32) for p in trained}
-        self.masters = {p: torch.nn.Parameter(p.detach().to(dtype)) for p, dtype in exact.items()}
+        self.masters = {p: torch.nn.Parameter(at_least_float32(p.detach())) for p in trained}
         self.rounded = [(p, m) for p, m in self.masters.items() if p.dtype != m.dtype]
 
     def follow(self):
