@@ -7,7 +7,7 @@ from helpers_freezing import PREFERENCES, arguments
 from transformers import Trainer, TrainingArguments
 
 import ssah_nb
-from ssah_nb import Anchor, SsahError, UnitMask, finetune, freeze
+from ssah_nb import Anchor, SsahError, UnitMask, anchoring, finetune, freeze
 from ssah_nb.engine.anchors import listening
 from ssah_nb.engine.batches import pad_batch, run_blocks
 from ssah_nb.engine.chat import encode_pairs
@@ -75,15 +75,12 @@ def obvious_loss(before, model, on: str, kept: list[torch.Tensor]) -> torch.Tens
     ]
     tokens = []
     for prompt, response in encode_pairs(TOKENIZER, REFUSALS, max_response=4):
-        ids, at = torch.tensor([prompt + response]), slice(len(prompt), None)
+        ids, at = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)  # before each token
         with torch.no_grad():
             old = inputs_of(before, [m.b for *_, m in held], ids)
         tokens.append((old, inputs_of(model, [m.b for *_, m in held], ids), at))
     if on == "answers":
-        both = [
-            torch.cat([said[i]["logits"][0, said[2].start - 1 : -1] for said in tokens])
-            for i in range(2)
-        ]
+        both = [torch.cat([said[i]["logits"][0, said[2]] for said in tokens]) for i in range(2)]
         p, q = (logits.log_softmax(-1) for logits in both)
         p = rounded(kept[0], p).log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1).mean()
@@ -210,7 +207,7 @@ def test_units_behind_virtual_tokens_are_those_of_the_words():
     handle.remove()
     batch = pad_batch([pair], [0], model.device)
     channels = {module.b: torch.arange(heard[0].shape[-1])}
-    with torch.no_grad(), listening(model, channels, batch) as found:
+    with torch.no_grad(), listening(model, channels, batch.response_mask) as found:
         run_blocks(model, batch)
     assert heard[0].shape[1] == 3 + batch.input_ids.shape[1]
     torch.testing.assert_close(found[module.b], heard[0][0, -4:])
@@ -228,6 +225,14 @@ def test_lora_is_anchored(tmp_path):
         assert loss > 1e-3
         assert any(p.grad is not None and p.grad.any() for p in model.parameters())
         base = tiny_model()
+
+
+def test_units_held_at_the_places_of_the_past_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(anchoring, "PLACES", "at each token")
+    anchor_on(tiny_model(), "units").save(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(SsahError, match="build the anchor anew"):
+        Anchor.load(tmp_path)
 
 
 @pytest.mark.parametrize("on", ["answers", "units"])

@@ -120,6 +120,15 @@ def test_no_change_on_few_prompts_is_no_proof():
     assert paired_mean(same).low == 0
 
 
+def test_zeros_and_ones_are_yes_or_no_in_any_type():
+    before, after = np.arange(20) < 3, np.arange(20) < 9
+    for kind in (int, float, list):
+        a, b = (rows.tolist() if kind is list else rows.astype(kind) for rows in (before, after))
+        assert paired_difference(a, b) == paired_difference(before, after)
+        assert clustered_p(a, b) == clustered_p(before, after)
+        assert paired_mean(a) == paired_mean(before)
+
+
 def test_two_orders_have_at_least_the_interval_of_t():
     of_orders = np.array([[0.30], [0.33]]).repeat(50, 1)
     found = paired_difference(np.zeros(50), of_orders)

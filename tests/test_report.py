@@ -1,5 +1,6 @@
 """The paper's numbers and our verdicts."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -42,6 +43,13 @@ def test_paper_numbers():
 )
 def test_verdicts(low, high, claim, limit, expected):
     assert verdict(low, high, claim, limit) == expected
+
+
+def test_what_cannot_be_judged_is_one_line():
+    with pytest.raises(SsahError, match="unknown claim 'higher'; use above, below, near"):
+        verdict(0.1, 0.2, "higher")
+    with pytest.raises(SsahError, match="the lower end 0.2 lies above the upper end 0.1"):
+        verdict(0.2, 0.1, "above")
 
 
 @pytest.mark.parametrize("axis, lacking", [(0, "dense"), (0, "UCU"), (0, "SCU"), (1, "perplexity")])
@@ -88,6 +96,7 @@ def test_a_value_without_an_interval_is_not_drawn():
         ([(0.010, 0.005, 0.015), (0.012, -0.002, 0.026)], ("open", "fails")),
         ([(0.010, 0.005, 0.015), (0.012, 0.002, 0.026)], ("holds", "fails")),
         ([(-0.2, -0.3, -0.1), (0.2, 0.1, 0.3)], ("fails", "fails")),
+        ([(0.2, 0.1, 0.3), (math.nan,) * 3], ("not measured", "not measured")),
     ],
 )
 def test_a_claim_about_every_block_holds_only_if_all_do(blocks, verdicts):

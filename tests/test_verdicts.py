@@ -47,6 +47,7 @@ def test_the_table_by_hand(table):
 
 def test_units_are_compared_with_as_many_random_ones():
     ways = {"full": 40, "scu_top_cu": 25, "scu_all_cu": 20, "random": 30, "random_top_cu": 35}
+    ways |= {"anchor_units": 10, "anchor_random": 12}
     done = {"epochs": 1, "reached": True, "seconds": 1.0, "optimizer_mb": 1.0}
     cases = []
     for way, order in [(way, order) for way in ways for order in (1, 2)]:
@@ -58,6 +59,7 @@ def test_units_are_compared_with_as_many_random_ones():
     rows = protection_table(cases, start).set_index("way")
     assert rows.against_random_top_cu["scu_top_cu"] == pytest.approx((25 - 35) / 50)
     assert rows.against_random["scu_all_cu"] == pytest.approx((20 - 30) / 50)
+    assert rows.against_anchor_random["anchor_units"] == pytest.approx((10 - 12) / 50)
     assert math.isnan(rows.against_random["random"])
     alone = [k for k in cases if k["case"]["way"] != "random_top_cu"]
     rows = protection_table(alone, start).set_index("way")

@@ -23,7 +23,8 @@ from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
 from ssah_nb.freezing import finetune_protected, frozen_rows_and_columns, frozen_units
 
 NEEDS_REFUSALS = ["gradient_mask", "replay"]
-NEEDS_REFUSALS += ["anchor_answers", "anchor_slack", "anchor_units", "anchor_hidden"]
+NEEDS_REFUSALS += ["anchor_answers", "anchor_slack", "anchor_hidden"]
+NEEDS_REFUSALS += ["anchor_units", "anchor_random"]
 NEEDS_REFUSALS += ["project_inputs", "safety_triggered"]
 
 
@@ -203,7 +204,7 @@ def test_missing_refusals_are_named_before_anything_is_trained(scored, way):
 def test_every_way_has_its_text(name):
     way = WAYS[name]
     assert way.what and len(str(way)) < 160 and "\n" not in str(way)
-    assert way.freezes or way.equation or name == "full"
+    assert way.freezes or way.equation or way.source == "control" or name == "full"
     if name in NEEDS_REFUSALS + ["constrained_sft"] and "units" not in name:
         assert way.source
 
@@ -236,6 +237,19 @@ def test_a_frozen_linear_cannot_be_projected(scored, own_way):
 
 
 # Anchors
+
+
+def test_the_control_of_held_units_holds_as_many_random_ones(scored, monkeypatch):
+    made = {}
+    for way in ("anchor_units", "anchor_random"):
+        spied = lambda case, model, way=way, old=WAYS[way].trains: made.setdefault(
+            way, old(case, model)
+        )
+        monkeypatch.setitem(WAYS, way, Way("spied on", trains=spied))
+        run_way(scored, way)
+    held, control = (made[way]["anchor"].units for way in made)
+    assert held == scored[1].scu
+    assert len(control) == len(held) and control != held
 
 
 @pytest.mark.parametrize("way", ["anchor_answers", "anchor_units", "anchor_hidden"])

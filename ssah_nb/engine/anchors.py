@@ -68,17 +68,17 @@ def without_dropout(model: nn.Module) -> Iterator[None]:  # any model
 def listening(
     model: PreTrainedModel,  # any model
     channels: dict[str, torch.Tensor],  # name of a linear -> which channels of its input, int64
-    batch: TokenBatch,  # what the model will read
+    at: torch.Tensor,  # bool [rows, tokens], the places that count
 ) -> Iterator[dict[str, torch.Tensor]]:
-    "While open, a forward pass fills the dict: name -> [response tokens, chosen channels]."
-    heard, mask = dict[str, torch.Tensor](), batch.response_mask
+    "While open, a forward pass fills the dict: name -> [places, chosen channels]."
+    heard = dict[str, torch.Tensor]()
 
     def hook_of(name: str) -> Callable:
         places = places_of(model.get_submodule(name), channels[name])
 
         def hook(_, inputs):
-            words = inputs[0][:, -mask.shape[1] :]  # behind virtual tokens
-            said = words[mask.to(words.device)]
+            words = inputs[0][:, -at.shape[1] :]  # behind virtual tokens
+            said = words[at.to(words.device)]
             heard[name] = said.index_select(-1, places.to(said.device))
 
         return hook
@@ -97,10 +97,10 @@ def behaviour(
     channels: dict[str, torch.Tensor],  # name of B -> channels of its input; empty: answers
     batch: TokenBatch,  # refusals
 ) -> list[torch.Tensor]:
-    "What an anchor holds: [response tokens, channels] of each B, or the answers' logits."
+    "Before each response token: [response tokens, channels] of each B, or the answers' logits."
     if not channels:
         return [answer_logits(model, batch)]
-    with listening(model, channels, batch) as heard:
+    with listening(model, channels, batch.predicting) as heard:
         run_blocks(model, batch)
     return [heard[name] for name in channels]
 

@@ -112,8 +112,8 @@ def probe_rows(
     for (model, queries), blocks in probe.groupby(["model", "queries"]):
         name, least = f"{model} {queries.split()[0]}", {"n": blocks.n.min()}
         found[f"{name}, last"] = blocks.loc[blocks.block.idxmax()]
-        found[f"{name}, lowest"] = pd.Series(blocks[ends].min().to_dict() | least)
-        found[f"{name}, highest"] = pd.Series(blocks[ends].max().to_dict() | least)
+        found[f"{name}, lowest"] = pd.Series(blocks[ends].min(skipna=False).to_dict() | least)
+        found[f"{name}, highest"] = pd.Series(blocks[ends].max(skipna=False).to_dict() | least)
     table = pd.DataFrame(found).T
     return table.rename(columns={end: f"margin_{end}" for end in ("low", "high", "n")})
 

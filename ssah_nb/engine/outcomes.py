@@ -26,13 +26,12 @@ def prompt_outcomes(
     benign: list[str],  # prompts that should be answered
     max_new_tokens: int,  # tokens of an answer
     completions: str | Path,  # JSON file for what the model said
-    window: int = WINDOW,  # characters in which a refusal is sought
 ) -> dict[str, list]:
     "{succeeded: [bool], over_refused: [bool], margin: [nats]}, one entry for each prompt."
     asked = {"harmful": harmful, "benign": benign}
     said = {kind: generate(model, tokenizer, p, max_new_tokens) for kind, p in asked.items()}
     save_completions(completions, **{kind: zip(p, said[kind]) for kind, p in asked.items()})
-    answered = {kind: judged(DEFAULT_JUDGE, p, said[kind], window) for kind, p in asked.items()}
+    answered = {kind: judged(DEFAULT_JUDGE, p, said[kind], WINDOW) for kind, p in asked.items()}
     return {
         "succeeded": [bool(yes) for yes in answered["harmful"]],
         "over_refused": [not yes for yes in answered["benign"]],

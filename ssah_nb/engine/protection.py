@@ -116,6 +116,7 @@ class Judging:
     max_new_tokens: int = 24  # tokens of an answer
     max_response: int = 32  # tokens of a benign response that count
     max_trained: int = 24  # tokens of a training response that count
+    batch_size: int = 128  # prompts side by side
 
 # %% ../../nbs/engine/protection.ipynb #protection-010
 def answered(
@@ -128,7 +129,8 @@ def answered(
     "Which prompts are answered and not refused, and the answers."
     if not prompts:
         return [], []
-    said = generate(model, tokenizer, prompts, judging.max_new_tokens, prefill=prefill)
+    limits = judging.max_new_tokens, None, judging.batch_size
+    said = generate(model, tokenizer, prompts, *limits, prefill)
     return [bool(yes) for yes in judged(DEFAULT_JUDGE, prompts, said, WINDOW)], said
 
 

@@ -36,7 +36,7 @@ from .limits import check_counts, check_seed, check_words
 # %% ../../nbs/engine/run.ipynb #da3d1ef2
 if TYPE_CHECKING:
     import matplotlib.pyplot as plt
-from .manifest import commit_of, data_behind, sha256_of
+from .manifest import SOURCES_READ, commit_of, data_behind, sha256_of
 
 # %% ../../nbs/engine/run.ipynb #run-007
 def set_seed(seed: int):  # the same seed gives the same run on the same machine
@@ -354,6 +354,7 @@ def finish_run(
         "dtype": str(getattr(model, "dtype", "none")),
         "threads": torch.get_num_threads(),
         "versions": versions(getattr(model, "device", "cpu")),
+        "sources": sorted(SOURCES_READ),
         "files": {p.name: h for p, h in hashes.items() if p.parent == run.figures},
         "kept": {p.name: h for p, h in hashes.items() if p.parent != run.figures},
     }
@@ -373,7 +374,8 @@ def write_manifest(run: Run) -> dict:  # the run, all of its chapters finished
         "chapters": {p.pop("chapter"): p for p in parts},
     }
     parameters = {name: part.get("parameters", {}) for name, part in manifest["chapters"].items()}
-    manifest["data"] = data_behind(run.folder, parameters)
+    read = {name for part in manifest["chapters"].values() for name in part.get("sources", [])}
+    manifest["data"] = data_behind(run.folder, parameters, read)
     data = json.dumps(manifest, indent=1, sort_keys=True).encode()
     write_atomic(run.figures / "MANIFEST.json", data)
     return manifest

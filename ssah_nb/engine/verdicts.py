@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Cases', 'NOT_MEASURED', 'MEANS', 'AGAINST_START', 'CONTROLS', 'LIMITS', 'cases_of', 'in_common', 'stacked',
-           'measured', 'mean_columns', 'change_columns', 'loss_columns', 'harmful_of_both', 'against', 'tests_against',
-           'done_columns', 'within', 'verdict_of', 'way_row', 'protection_table', 'case_table', 'best_ways']
+           'measured', 'mean_columns', 'change_columns', 'loss_columns', 'is_control', 'harmful_of_both', 'against',
+           'tests_against', 'done_columns', 'within', 'verdict_of', 'way_row', 'protection_table', 'case_table',
+           'best_ways']
 
 # %% ../../nbs/engine/verdicts.ipynb #verdicts-002
 import math
@@ -118,10 +119,16 @@ def loss_columns(full: Cases, cases: Cases) -> dict[str, float]:
     return row
 
 # %% ../../nbs/engine/verdicts.ipynb #verdicts-010
-CONTROLS = {  # way -> the way that freezes as many random units
+CONTROLS = {  # way -> the way that does the same with as many random units
     "scu_top_cu": "random_top_cu",
     "scu_all_cu": "random",
+    "anchor_units": "anchor_random",
 }
+
+
+def is_control(way: str) -> bool:  # a key of `WAYS`
+    "Whether the way is there to be compared with: it takes random units."
+    return way in CONTROLS.values() or way.startswith("random")
 
 
 def harmful_of_both(other: Cases, cases: Cases) -> tuple[np.ndarray, np.ndarray] | None:

@@ -32,6 +32,7 @@ LABELS = {
     "anchor_answers": "anchor on answers",
     "anchor_slack": "anchor on answers, with slack",
     "anchor_units": "anchor on SCU",
+    "anchor_random": "anchor on random units",
     "anchor_hidden": "anchor on the last hidden state",
     "project_inputs": "updates off harmful inputs",
     "safety_triggered": "triggered projection",

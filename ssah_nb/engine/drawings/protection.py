@@ -20,14 +20,14 @@ from scipy.optimize import isotonic_regression
 from .freezing import LABELS, label
 from .report import in_words
 from ..figures import COLOURS, cell_text
-from ..verdicts import CONTROLS
+from ..verdicts import CONTROLS, is_control
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-004
 FAMILIES = {  # name -> colour, mark, how its ways' names begin
     "full fine-tuning": ("0.1", "*", ("full",)),
     "trained more gently, or an adapter": ("#CC79A7", "v", ("ema", "low_lr", "lora", "safe_lora")),
     "units frozen": (COLOURS["CU"], "o", ("scu_", "sn_tune", "safety_layers", "gradient_mask")),
-    "random units frozen": ("0.55", "s", ("random",)),
+    "random units, as a control": ("0.55", "s", ("random", "anchor_random")),
     "behaviour held": (COLOURS["SCU"], "D", ("anchor_", "constrained_sft")),
     "refusals mixed in, or steps projected": (COLOURS["UCU"], "^", ()),
 }
@@ -180,7 +180,7 @@ def draw_orders(
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-w2
 PANELS = {  # column: (name, factor)
     "attack_success": ("attack success (%)", 100),
-    "training_ratio": ("training perplexity, × full", 1),
+    "training_ratio": ("perplexity, × full", 1),
     "over_refusal": ("over-refusal (%)", 100),
 }
 
@@ -319,7 +319,7 @@ def harder_in_words(rows: pd.DataFrame) -> str:  # of one condition
 def in_sentences(table: pd.DataFrame) -> str:  # from `protection_table`, with names
     "What the comparison comes to, as markdown."
     plain, harder = (table[(table.condition == "plain") == is_plain] for is_plain in (True, False))
-    ways = plain[(plain.way != "full") & ~plain.way.str.startswith("random")]
+    ways = plain[(plain.way != "full") & ~plain.way.map(is_control)]
     safe, counts = ways[ways.safety == "holds"], ways.safety.value_counts()
     said = [
         f"Of {len(ways)} ways (controls not counted) **{len(safe)} keep safety**, "
@@ -328,7 +328,7 @@ def in_sentences(table: pd.DataFrame) -> str:  # from `protection_table`, with n
     ]
     said += [*(way_in_words(row) for _, row in safe.iterrows())]
     if units := units_in_words(plain):
-        said += ["", "What frozen units change of attack success:", "", *units]
+        said += ["", "What chosen units change of attack success:", "", *units]
     if len(harder):
         said += ["", "Attack success under harder conditions:", ""]
         said += [harder_in_words(rows) for _, rows in harder.groupby("condition", sort=False)]
