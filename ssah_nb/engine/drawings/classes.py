@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from ..chat import encode_pairs, encode_prompts
 from ..figures import COLOURS
 from transformers import PreTrainedTokenizerBase
@@ -34,11 +34,13 @@ def draw_plane(
         look: dict[str, Any] = {"color": COLOURS[name], "marker": MARKERS[name]}
         look |= {"edgecolor": "none"}
         ax.scatter(own.utility, own.safety, s=14, alpha=0.6, label=f"{name} ({len(own):,})", **look)
-    ax.set_xscale("symlog", linthresh=1)
-    ax.set_yscale("symlog", linthresh=1)
+    for scale, axis in ((ax.set_xscale, ax.xaxis), (ax.set_yscale, ax.yaxis)):
+        scale("symlog", linthresh=1)
+        axis.set_major_formatter(ScalarFormatter())
     ends = [table[["safety", "utility"]].min().min(), table[["safety", "utility"]].max().max()]
     ax.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-    ax.set(xlabel="importance for utility, Î_U", ylabel="importance for safety, Î_S", title=title)
+    ax.set(xlabel=r"importance for utility, $\hat I_U$", title=title)
+    ax.set(ylabel=r"importance for safety, $\hat I_S$")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     plt.close(fig)
     return fig

@@ -99,12 +99,18 @@ def bar_words(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
     return words
 
 
-def draw_panel(ax: plt.Axes, cells: pd.DataFrame, labels: tuple[str, str], smallest: float):
+def draw_panel(
+    ax: plt.Axes,
+    cells: pd.DataFrame,  # rows of `transfer`
+    labels: tuple[str, str],  # what stands under the two bars
+    smallest: float,  # height of the thinnest band that gets a label
+    unlabelled: str = "",  # a class whose bands get none
+):
     "One flow diagram with its bars, bands and labels."
     flows, text = place_flows(cells), bar_words(cells)
     draw_bands(ax, flows)
     draw_bars(ax, flows, text)
-    label_bands(ax, flows, smallest)
+    label_bands(ax, flows[(flows.before != unlabelled) & (flows.after != unlabelled)], smallest)
     ax.set(xticks=[0, 1], xticklabels=labels, yticks=[], xlim=(-0.36, 1.36), ylim=(-0.01, 1.01))
     ax.grid(False)
     for side in ax.spines.values():
@@ -119,7 +125,7 @@ def draw_transfer(
     cells = table[(table.module == "global") & (table.units > 0)]
     scu = cells[(cells.before == "SCU") | (cells.after == "SCU")]
     fig, axes = plt.subplots(1, 1 + bool(len(scu)), figsize=(9.5, 4.4), squeeze=False)
-    draw_panel(axes[0, 0], cells, labels, 0.008)
+    draw_panel(axes[0, 0], cells, labels, 0.008, unlabelled="SCU")
     axes[0, 0].set_title("all units, heights are shares of all units")
     if len(scu):
         draw_panel(axes[0, 1], scu, labels, 0.03)

@@ -8,6 +8,7 @@ __all__ = ['RATES', 'draw_cuts', 'draw_measurement', 'draw_rates']
 # %% ../../../nbs/engine/drawings/units.ipynb #drawings-units-imports
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import LogFormatter
 from ..figures import COLOURS
 
 # %% ../../../nbs/engine/drawings/units.ipynb #drawings-units-cuts
@@ -30,7 +31,10 @@ def draw_cuts(
         ax.axvline(whole, color="black", linewidth=1, linestyle="--")
         for row in rows.itertuples():
             draw_measurement(ax, row)
-        ax.set(xscale="log", xlabel="perplexity (log scale)", title=f"{share:.0%} of the channels")
+        ax.set(xscale="log", title=f"{share:.0%} of the channels")
+        ax.set_xlabel("perplexity (log scale); dashed: the whole model")
+        ax.xaxis.set_major_formatter(LogFormatter())
+        ax.xaxis.set_minor_formatter(LogFormatter())
         ax.margins(y=0.15)
     plt.close(fig)
     return fig
