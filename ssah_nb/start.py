@@ -14,7 +14,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from .engine.evaluation import SYSTEM_PROMPTS, coherence_threshold, safety_report
-from .engine.models import CHATML, first_line, load_model, load_stage, save_model
+from .engine.models import CHATML, load_model, load_stage, save_model
+from .engine.opening import reason
 from .engine.run import Run, SsahError, write_atomic
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +28,7 @@ def lent_template(lender: str) -> str:  # a hub id or a folder; others lend Chat
         return AutoTokenizer.from_pretrained(lender).chat_template or CHATML
     except Exception as e:  # the readers raise whatever their parsing stumbles on
         raise SsahError(
-            f"cannot read the chat template of {lender!r} ({first_line(e)}); check aligned_model"
+            f"cannot read the chat template of {lender!r} ({reason(e)}); check aligned_model"
         ) from None
 
 # %% ../nbs/00_start.ipynb #00-start-identity

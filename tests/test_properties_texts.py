@@ -15,7 +15,7 @@ from ssah_nb.engine.chat import chat_prompt, encode_pairs, encode_prompts, end_o
 from ssah_nb.engine.evaluation import repetition
 from ssah_nb.engine.inputs import as_pairs, as_prompts, normalised
 from ssah_nb.engine.judges import JUDGES, judged
-from ssah_nb.engine.margin import begins_with, longest_heads, prefix_free
+from ssah_nb.engine.margin import begins_with, longest_stems, prefix_free
 from ssah_nb.engine.run import SsahError
 from ssah_nb.engine.splits import SIZES, Splits, make_splits
 
@@ -191,6 +191,6 @@ def test_openings_are_prefix_free_and_cover_all(openings):
     assert not any(a != b and begins_with(a, b) for a in kept for b in kept)
     assert len(set(kept)) == len(kept) and set(kept) <= set(openings)
     assert all(any(begins_with(opening, k) for k in kept) for opening in openings)
-    heads = longest_heads(kept)
+    heads = longest_stems(kept)
     assert all(any(begins_with(head, tokens[:-1]) for head in heads) for tokens in kept)
     assert not any(a != b and begins_with(a, b) for a in heads for b in heads)

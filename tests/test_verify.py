@@ -108,6 +108,7 @@ def test_the_commit_says_when_code_was_changed_since(tmp_path):
     assert commit_of(tmp_path) == ""
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs/a.txt").write_text("1")
+    (tmp_path / "ssah_nb").mkdir()
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for arguments in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "one"]):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)

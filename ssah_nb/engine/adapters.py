@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from .experts import fused_weight, is_fused, whole_experts
 from .limits import check_seed
-from .models import first_line
+from .opening import reason
 from .parts import plain_linear
 from .run import SsahError
 from torch import nn
@@ -50,7 +50,7 @@ def all_or_none(model: nn.Module) -> Iterator[None]:  # it gets an adapter insid
         if not isinstance(e, Exception):  # Ctrl-C
             raise
         raise SsahError(
-            f"PEFT cannot put this adapter on the model ({first_line(e)}); change its options"
+            f"PEFT cannot put this adapter on the model ({reason(e)}); change its options"
         ) from None
 
 # %% ../../nbs/engine/adapters.ipynb #adapters-005

@@ -72,7 +72,7 @@ def halves(rows: pd.DataFrame) -> pd.Series:  # rows with source, language, styl
 
 # %% ../../nbs/engine/agreement.ipynb #agreement-009
 def kappas(labels: np.ndarray, verdicts: np.ndarray) -> np.ndarray:  # booleans [draws, rows]
-    "Cohen's kappa of each draw, [draws]; NaN where both sides know one value only."
+    "Cohen's kappa of each draw, [draws]; NaN where both give one and the same value."
     agree = (labels == verdicts).mean(1)
     a, b = labels.mean(1), verdicts.mean(1)
     chance = a * b + (1 - a) * (1 - b)

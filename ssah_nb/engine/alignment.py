@@ -176,7 +176,7 @@ def make_aligned(
     splits: Splits,  # its splits
     aligned_model: str = "",  # a model that is aligned already: a hub id or a folder
     **training,  # seed, lr, epochs, batch_size, max_response
-) -> bool:  # whether the project's recipe trained it; False: it came aligned
+) -> bool:  # True: trained from the run's unaligned model; False: it came aligned
     'Save the run\'s aligned model for `load_stage(run, "aligned")`, and tables/alignment.json.'
     came_aligned = bool(aligned_model) or given_stage(run) == "aligned"
     if given_stage(run) == "unaligned":

@@ -12,7 +12,7 @@ from .run import SsahError
 
 # %% ../../nbs/engine/alike.ipynb #alike-004
 def check_scores(scored: Any, square_attention: bool):  # scored: an importance
-    "Raise `SsahError` for scores without a spread: NaN, infinite, or too large to be squared."
+    "Raise `SsahError` where no spread can be computed: NaN, infinite, too large to be squared."
     for kind, scores in scored.channels.items():
         if square_attention and kind == "attention":
             scores = scores.square()

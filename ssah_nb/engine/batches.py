@@ -99,10 +99,8 @@ def response_losses(
     batch: TokenBatch,  # right-padded pairs
 ) -> torch.Tensor:
     "Negative log-likelihood of each response token, [response tokens], row by row, nats, float32."
-    target = batch.response_mask[:, 1:]  # a token is predicted from the state before it
-    places = F.pad(target, (0, 1))
-    logits = own_forward(model, batch.input_ids, batch.attention_mask, places).logits
-    wanted = batch.input_ids[:, 1:][target].to(logits.device)
+    logits = own_forward(model, batch.input_ids, batch.attention_mask, batch.predicting).logits
+    wanted = batch.input_ids[:, 1:][batch.response_mask[:, 1:]].to(logits.device)
     return F.cross_entropy(logits.float(), wanted, reduction="none")
 
 # %% ../../nbs/engine/batches.ipynb #b010b7f4

@@ -36,7 +36,7 @@ def lacking(layer: nn.Module) -> str:  # a block
 # %% ../../nbs/engine/blocks.ipynb #blocks-equal
 def check_equal_layers(
     owner: str,  # what the errors call the model
-    found: dict[str, list],  # its depth-2 modules, {kind: one a layer}
+    found: dict[str, list],  # its MLPs and attentions, as `depth_two` finds them
 ):
     "Raise `SsahError` when the layers differ in their units."
     check_equal_experts((m.experts for m in found["mlp"]), owner)

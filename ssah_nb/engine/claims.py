@@ -40,7 +40,7 @@ FURTHER = ("07_anchoring", "protection")  # without them, claims about them are 
 
 
 def tables_folder(run: Run, folder: str = "") -> Path:  # folder: "" for this run's own
-    "Where the tables are; for a report that is opened alone: the committed embedded run."
+    "Where the tables are; of a report opened alone or an unfinished smoke run: figures/embedded."
     if folder:
         return project_root() / folder
     missing = not all((run.figures / f"{name}.csv").exists() for name in TABLES)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .contrast import contrast_prompts
 from .manifest import SOURCES_READ, sha256_of
-from .opening import read_arrow
+from .opening import read_arrow, reason
 from .reading import read_rows, to_pairs
 from .run import Run, SsahError
 from .sources import SOURCES, WHEELS, Source, find_source, pinned
@@ -86,10 +86,9 @@ def hub_rows(source: Source) -> "Dataset":  # the hub's rows
     try:
         return read_from_hub(source)
     except Exception as e:  # the hub's libraries raise many kinds
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
         raise SsahError(
-            f"cannot load {source.name} from the hub as {source.hub} ({why}); check the network, "
-            "log in if it is gated ('hf auth login'), or give a file with path="
+            f"cannot load {source.name} from the hub as {source.hub} ({reason(e)}); check the "
+            "network, log in if it is gated ('hf auth login'), or give a file with path="
         ) from None
 
 # %% ../../nbs/engine/data.ipynb #data-008

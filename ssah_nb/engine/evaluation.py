@@ -67,7 +67,7 @@ def said_to(
     "A response to each prompt. Raises `SsahError` unless there is one for each."
     if responses is None:
         return generate(model, tokenizer, prompts, **generation)
-    inspect.signature(generate).bind_partial(**generation)  # a misspelt option is one here, too
+    inspect.signature(generate).bind_partial(**generation)  # a misspelt option is an error, too
     return as_responses(responses, len(prompts))
 
 # %% ../../nbs/engine/evaluation.ipynb #c6594cb4
@@ -96,7 +96,7 @@ def over_refusal(
     keywords: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases
     system: str | None = None,  # system prompt; None: no system turn
     responses: Sequence[str] | None = None,  # responses to use; None: the model generates them
-    window: int | None = WINDOW,  # characters that are read
+    window: int | None = WINDOW,  # characters in which a list's phrases are sought
     **generation,  # `max_new_tokens`, `batch_size` of `generate`
 ) -> Estimate:
     "Share of benign prompts that the model refuses, with Wilson's interval."
@@ -112,7 +112,6 @@ def pair_losses(
     model: PreTrainedModel,  # a causal language model
     encoded: list[tuple[list[int], list[int]]],  # (prompt, response) token ids, neither empty
     max_tokens: int = 1024,  # tokens of a batch
-    rows: list[int] | None = None,  # what the pairs are called in an error; None: 0, 1, …
 ) -> np.ndarray:
     """Summed loss of each response in nats, and its number of tokens: float64 [pairs, 2].
 
@@ -124,8 +123,7 @@ def pair_losses(
             row = batch.response_mask.nonzero()[:, 0].cpu()  # of each loss
             losses = response_losses(model, batch).double().cpu()
             sums.index_add_(0, torch.tensor(batch.rows)[row], losses)
-    names = rows or range(len(encoded))
-    check_values(sums, model, lambda i: f"the loss of row {names[i]}")
+    check_values(sums, model, lambda row: f"the loss of row {row}")
     return np.stack([sums.numpy(), [float(len(response)) for _, response in encoded]], axis=1)
 
 
@@ -193,17 +191,18 @@ def response_perplexities(
 ) -> np.ndarray:
     """Perplexity of each response, [responses]; infinite for an empty one.
 
-    The end of the turn does not count: a response that was cut has none."""
-    full = [row for row, response in enumerate(responses) if response.strip()]
-    values = np.full(len(responses), np.inf)
-    if not full:
-        return values
-    pairs = [{"prompt": prompts[row], "response": responses[row]} for row in full]
-    encoded = encode_pairs(tokenizer, pairs, max_response=max_response, closed=False)
-    losses = pair_losses(dense_model, encoded, rows=full)
+    The end of the turn does not count: a response that was cut has none. Raises as
+    `encode_pairs`."""
+    said = np.array([bool(response.strip()) for response in responses])
+    if not said.any():
+        return np.full(len(responses), np.inf)
+    words = [response if response.strip() else "." for response in responses]  # to keep the rows
+    pairs = [{"prompt": prompt, "response": r} for prompt, r in zip(prompts, words, strict=True)]
+    longest = context_of(dense_model)
+    encoded = encode_pairs(tokenizer, pairs, None, max_response, longest, closed=False)
+    losses = pair_losses(dense_model, encoded)
     with np.errstate(over="ignore"):
-        values[full] = np.exp(losses[:, 0] / losses[:, 1])
-    return values
+        return np.where(said, np.exp(losses[:, 0] / losses[:, 1]), np.inf)
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-027
 def coherence_threshold(
@@ -280,7 +279,7 @@ def safety_report(
     prompts: Iterable[str | dict],  # harmful prompts, or pairs
     benign: Iterable[dict],  # benign pairs with reference responses
     system: str | None = None,  # system prompt; None: no system turn
-    judge: Judge = DEFAULT_JUDGE,  # as in `attack_success`
+    judge: Judge = DEFAULT_JUDGE,  # of attacks; a function leaves over-refusal to `rules`
     dense_model: PreTrainedModel | None = None,  # before pruning or training; None: `model`
     max_perplexity: float | None = None,  # coherent up to here; None: `coherence_threshold`
     responses: Sequence[str] | None = None,  # to the harmful prompts; None: generated here

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FUSED', 'is_fused', 'experts_of', 'shell_of', 'block_experts', 'sizes', 'fused_shapes', 'check_experts',
            'expert_units', 'check_equal_experts', 'fused_weight', 'expert_columns', 'expert_rows', 'run_seen',
-           'experts_seen', 'expert_inputs', 'same_answer', 'stray_channels', 'broken_experts', 'whole_experts',
-           'experts_off', 'add_answers', 'refuse_held_experts', 'refuse_experts']
+           'experts_seen', 'same_answer', 'stray_channels', 'broken_experts', 'whole_experts', 'experts_off',
+           'add_answers', 'refuse_held_experts', 'refuse_experts']
 
 # %% ../../nbs/engine/experts.ipynb #experts-004
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -182,30 +182,6 @@ def experts_seen(
         for shell in shells.values():
             vars(shell).pop("ssah_see", None)
 
-# %% ../../nbs/engine/experts.ipynb #b00d5442
-@contextmanager
-def expert_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
-    "While open, each pass fills the dict: name -> [tokens, units], 0 for experts not routed to."
-    found: dict[str, torch.Tensor] = {}
-    shells = {name: shell_of(experts_of(model, name)) for name in names}
-
-    def forget(name: str, *_):  # what an earlier pass has shown
-        found.pop(name, None)
-
-    def see(name: str, expert: int, tokens: torch.Tensor, x: torch.Tensor):
-        count, _, width = fused_shapes(shells[name])[1]
-        size = int(tokens.max()) + 1
-        grown = x.new_zeros(max(size, len(found.get(name, ()))), count * width)
-        grown[: len(found.get(name, ()))] = found.get(name, grown[:0])
-        grown[tokens, expert * width : (expert + 1) * width] = x.detach()[0]
-        found[name] = grown
-
-    with ExitStack() as undone:
-        for name, shell in shells.items():
-            undone.enter_context(shell.register_forward_pre_hook(partial(forget, name)))
-        undone.enter_context(experts_seen(model, shells, see))
-        yield found
-
 # %% ../../nbs/engine/experts.ipynb #experts-018
 def same_answer(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
     "Whether two passes of a model in this dtype agree."
@@ -238,10 +214,10 @@ def broken_experts(
     "What is not true of a model's experts; empty when all is."
     for name in names:
         if stray := stray_channels(shell_of(experts_of(model, name))):
-            return f"the rows of a channel move {stray} channels wrongly"
+            return f"with the rows of two channels changed, {stray} channels move or stay wrongly"
     with experts_seen(model, names, lambda *_: None):
         if not same_answer(say(), answer, model.dtype):
-            return "the experts one by one do not say what the model says"
+            return "run one at a time, its experts give another output than its own code"
     return ""
 
 # %% ../../nbs/engine/experts.ipynb #experts-021

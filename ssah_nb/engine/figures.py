@@ -83,7 +83,8 @@ def cell_text(
     scale = 100 if percent else 1
     numbers = [scale * row[name] for name in names if name in row.index]
     texts = [f"{number:,.{shown_digits(number, digits)}f}" for number in numbers]
-    return f"{texts[0]} ({texts[1]} to {texts[2]})" if len(texts) == 3 else texts[0]
+    known = len(texts) == 3 and not any(map(pd.isna, numbers))
+    return f"{texts[0]} ({texts[1]} to {texts[2]})" if known else texts[0]
 
 # %% ../../nbs/engine/figures.ipynb #cf05fd87
 def readable(

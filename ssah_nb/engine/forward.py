@@ -186,7 +186,7 @@ def own_forward(
     model: PreTrainedModel,  # a causal language model, PEFT-wrapped or not
     input_ids: torch.Tensor,  # int64 [rows, tokens], padded on the right
     attention_mask: torch.Tensor,  # int64 [rows, tokens], 1 for a token
-    places: torch.Tensor,  # bool [rows, tokens]: where logits are wanted; not all may be
+    places: torch.Tensor,  # bool [rows, tokens]: where logits are wanted
     **options,  # of the model's forward, e.g. output_hidden_states
 ) -> Any:  # a `ModelOutput` of the model's own class
     "What the model returns, with `logits` [places, vocabulary] row by row."

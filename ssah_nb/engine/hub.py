@@ -249,9 +249,9 @@ class Loaded(Saved):
         return thing
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:  # or "owner/name"
+    def load(cls, folder: str | Path, **options) -> Self:  # options of `from_pretrained`
         "A short name of `from_pretrained`."
-        return cls.from_pretrained(folder)
+        return cls.from_pretrained(folder, **options)
 
 # %% ../../nbs/engine/hub.ipynb #49d5c21e
 def upload(

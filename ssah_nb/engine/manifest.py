@@ -23,6 +23,8 @@ def sha256_of(path: Path) -> str:
 def commit_of(root: Path) -> str:
     "The commit of a checkout, with +changes where its code was edited since; empty without one."
     code = "nbs", "ssah_nb", "workflow"
+    if not (root / "ssah_nb").is_dir():
+        return ""  # another project
     told = []
     for question in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *code]):
         command = ["git", "--no-optional-locks", "-C", str(root), *question]

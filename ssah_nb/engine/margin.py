@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFUSAL_OPENINGS', 'COMPLIANCE_OPENINGS', 'Tokens', 'begins_with', 'prefix_free', 'opening_tokens', 'both_openings',
-           'longest_heads', 'can_branch', 'branching_logits', 'head_logits', 'read_sequences', 'same_length',
+           'longest_stems', 'can_branch', 'branching_logits', 'stem_logits', 'read_sequences', 'same_length',
            'sequence_log_probabilities', 'refusal_margins', 'refusal_margin']
 
 # %% ../../nbs/engine/margin.ipynb #margin-002
@@ -123,10 +123,10 @@ def both_openings(
     return no, yes
 
 # %% ../../nbs/engine/margin.ipynb #margin-011
-def longest_heads(sequences: Iterable[Tokens]) -> list[Tokens]:
-    "What stands before the last tokens, without the heads that others begin with."
-    heads = sorted({tokens[:-1] for tokens in sequences})
-    return [h for h in heads if not any(h != other and begins_with(other, h) for other in heads)]
+def longest_stems(sequences: Iterable[Tokens]) -> list[Tokens]:
+    "What stands before the last tokens, without the stems that others begin with."
+    stems = sorted({tokens[:-1] for tokens in sequences})
+    return [h for h in stems if not any(h != other and begins_with(other, h) for other in stems)]
 
 
 def can_branch(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
@@ -142,10 +142,10 @@ def can_branch(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
 def branching_logits(
     model: PreTrainedModel,  # a causal language model for which `can_branch` holds
     prompts: torch.Tensor,  # int64 [prompts, tokens]
-    heads: torch.Tensor,  # int64 [heads, longest head], padded on the right
+    stems: torch.Tensor,  # int64 [stems, longest stem], padded on the right
 ) -> torch.Tensor:
-    "As `head_logits`, from a cache of the prompts, which is read once."
-    n, (many, longest) = len(prompts), heads.shape
+    "As `stem_logits`, from a cache of the prompts, which is read once."
+    n, (many, longest) = len(prompts), stems.shape
     cache, ones = DynamicCache(), torch.ones_like(prompts)
     options = dict(past_key_values=cache, use_cache=True, return_dict=True)
     last = torch.zeros_like(prompts, dtype=torch.bool)
@@ -157,20 +157,20 @@ def branching_logits(
         return start[:, None]
     cache.batch_repeat_interleave(many)
     mask = torch.ones(n * many, prompts.shape[1] + longest, dtype=torch.int64, device=model.device)
-    then = model(input_ids=heads.repeat(n, 1), attention_mask=mask, **options).logits
+    then = model(input_ids=stems.repeat(n, 1), attention_mask=mask, **options).logits
     return torch.cat([start.repeat_interleave(many, 0), then], 1).unflatten(0, (n, many))
 
 # %% ../../nbs/engine/margin.ipynb #c991617c
-def head_logits(
+def stem_logits(
     model: PreTrainedModel,  # a causal language model
     prompts: torch.Tensor,  # int64 [prompts, tokens]
-    heads: torch.Tensor,  # int64 [heads, longest head], padded on the right
+    stems: torch.Tensor,  # int64 [stems, longest stem], padded on the right
 ) -> torch.Tensor:
-    "Logits after each prompt and along each head, [prompts, heads, longest head + 1, vocabulary]."
+    "Logits after each prompt and along each stem, [prompts, stems, longest stem + 1, vocabulary]."
     if can_branch(model):
-        return branching_logits(model, prompts, heads)
-    n, (many, longest) = len(prompts), heads.shape
-    joined = torch.cat([prompts.repeat_interleave(many, 0), heads.repeat(n, 1)], 1)
+        return branching_logits(model, prompts, stems)
+    n, (many, longest) = len(prompts), stems.shape
+    joined = torch.cat([prompts.repeat_interleave(many, 0), stems.repeat(n, 1)], 1)
     wanted = torch.zeros_like(joined, dtype=torch.bool)
     wanted[:, -longest - 1 :] = True
     logits = own_forward(model, joined, torch.ones_like(joined), wanted).logits
@@ -183,18 +183,18 @@ def read_sequences(
     sequences: list[Tokens],  # what may follow
 ) -> torch.Tensor:
     "log p of each sequence after each prompt, [prompts, sequences], nats, float64."
-    heads = longest_heads(sequences)
-    longest = max(map(len, heads))
-    padded = torch.tensor([[*head, *[0] * (longest - len(head))] for head in heads])
-    padded = padded.to(prompts.device, torch.int64).reshape(len(heads), longest)
-    logits = head_logits(model, prompts, padded)
+    stems = longest_stems(sequences)
+    longest = max(map(len, stems))
+    padded = torch.tensor([[*stem, *[0] * (longest - len(stem))] for stem in stems])
+    padded = padded.to(prompts.device, torch.int64).reshape(len(stems), longest)
+    logits = stem_logits(model, prompts, padded)
     logits = at_least_float32(logits).log_softmax(-1)
     scores = []
     for tokens in sequences:
-        head = next(row for row, head in enumerate(heads) if begins_with(head, tokens[:-1]))
+        stem = next(row for row, stem in enumerate(stems) if begins_with(stem, tokens[:-1]))
         steps = torch.arange(len(tokens), device=logits.device)
         wanted = torch.tensor(tokens, device=logits.device)
-        scores.append(logits[:, head, steps, wanted].double().sum(1))
+        scores.append(logits[:, stem, steps, wanted].double().sum(1))
     return torch.stack(scores, 1)
 
 # %% ../../nbs/engine/margin.ipynb #b9ce58e2

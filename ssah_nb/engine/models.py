@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'ARCHITECTURES', 'MIXTURES', 'TINY_SIZES', 'TINY_EXPERTS', 'EMBEDDED', 'OF_A_MODEL', 'tiny_tokenizer',
-           'tiny_model', 'first_line', 'hush', 'dequantized', 'read_gguf', 'load_gguf', 'read_pretrained',
-           'load_pretrained', 'check_finite', 'load_named', 'load_model', 'replace_folder', 'check_merged',
+           'tiny_model', 'hush', 'dequantized', 'read_gguf', 'load_gguf', 'read_pretrained', 'load_pretrained',
+           'check_finite', 'load_named', 'load_model', 'put_back', 'replace_folder', 'check_merged',
            'check_replaceable', 'save_model', 'given_stage', 'stage_name', 'load_stage', 'is_mixed']
 
 # %% ../../nbs/engine/models.ipynb #models-002
@@ -26,8 +26,8 @@ from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 from .checkpoints import check_claims, check_folder, check_gguf, check_whole
-from .files import part_of, remove_parts
-from .opening import is_there, read_json
+from .files import left_behind, part_of, remove_parts
+from .opening import is_there, read_json, reason
 
 # %% ../../nbs/engine/models.ipynb #cf7f030c
 from .run import Run, SsahError, pick_device, pick_dtype, pick_mixed, progress_shown
@@ -107,11 +107,6 @@ EMBEDDED = (
 )  # wheel, its sha256, member
 
 
-def first_line(error: Exception) -> str:  # any error
-    "What another library's error says, short enough for one line of ours."
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
-
-
 def hush():
     "Switch off transformers' own loading bars where `show_progress` has switched off ours."
     modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm  # its bar for GGUF has no switch
@@ -155,8 +150,7 @@ def load_gguf(
         raise SsahError(f"cannot load {path}: {e}") from None
     except Exception as e:  # the readers raise whatever their parsing stumbles on
         raise SsahError(
-            f"{path} is not a whole GGUF file of a supported model ({first_line(e)}); "
-            "fetch it again"
+            f"{path} is not a whole GGUF file of a supported model ({reason(e)}); fetch it again"
         ) from None
     model = dequantized(quantized, dtype)
     end = tokenizer.eos_token_id
@@ -201,7 +195,7 @@ def load_pretrained(
         raise SsahError(f"cannot load model {str(name)!r}: {e}") from None
     except Exception as e:  # the readers raise whatever their parsing stumbles on
         raise SsahError(
-            f"cannot load model {str(name)!r} ({first_line(e)}); "
+            f"cannot load model {str(name)!r} ({reason(e)}); "
             "use 'embedded', 'aligned', 'tiny', a .gguf file, a folder with safetensors, "
             "or a hub id that this machine can reach"
         ) from None
@@ -257,9 +251,17 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_finite(model)
-    return (model if spread else model.to(where)).eval(), tokenizer
+    spread_out = hasattr(model, "hf_device_map")
+    return (model if spread_out else model.to(where)).eval(), tokenizer
 
 # %% ../../nbs/engine/models.ipynb #models-013
+def put_back(folder: Path):
+    "Return what a killed `replace_folder` has left aside."
+    for part in left_behind(folder):
+        if (part / "old").is_dir() and not folder.exists():
+            os.replace(part / "old", folder)
+
+
 def replace_folder(new: Path, folder: Path, aside: Path):
     "Move `new` to `folder`; what was there waits in `aside` and returns when that fails."
     try:
@@ -288,7 +290,9 @@ def check_merged(model: PreTrainedModel):
 
 
 def check_replaceable(folder: Path, new: set[str]):  # new: names that the new save has written
-    "Raise `SsahError` for a folder that holds other things than a model."
+    "Raise `SsahError` for a file, and for a folder that holds other things than a model."
+    if folder.is_file():
+        raise SsahError(f"{folder} is a file, and a model is a folder; choose another name")
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in inside:
         if path.name not in new and (path.is_dir() or not OF_A_MODEL.fullmatch(path.name)):
@@ -311,6 +315,7 @@ def save_model(
     check_merged(model)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        put_back(place)
         remove_parts(place)
         work.mkdir()
         model.save_pretrained(work / "new")
@@ -319,7 +324,7 @@ def save_model(
         replace_folder(work / "new", place, work / "old")
     except (OSError, SafetensorError) as e:
         raise SsahError(
-            f"cannot save the model to {folder} ({first_line(e)}); "
+            f"cannot save the model to {folder} ({reason(e)}); "
             "free some space or choose another folder"
         ) from None
     finally:  # also when it is interrupted

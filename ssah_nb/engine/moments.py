@@ -60,7 +60,7 @@ def shifted_moments(
     n, shift = 0, near
     s: Any = 0.0
     ss: Any = 0.0
-    for x in pieces:
+    for x in filter(len, pieces):
         if shift is None:  # near the mean, so Σd² − (Σd)²/n does not cancel
             shift = x.float().mean(0)
         d = x - shift  # float32, a copy: x belongs to the model

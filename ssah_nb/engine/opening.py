@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'KINDS', 'MOST_VALUES', 'DEEPEST', 'MOST_HEADER', 'reason', 'is_there', 'plain_size', 'open_plain', 'unpacked',
-           'read_bytes', 'read_text', 'check_crowd', 'check_value', 'check_nested', 'parse_json', 'PlainYaml',
-           'parse_yaml', 'read_json', 'read_table', 'read_arrow', 'read_tensors']
+           'read_bytes', 'read_text', 'check_crowd', 'check_value', 'check_nested', 'named_once', 'parse_json',
+           'PlainYaml', 'parse_yaml', 'read_json', 'read_table', 'read_arrow', 'read_tensors']
 
 # %% ../../nbs/engine/opening.ipynb #opening-002
 import gzip
@@ -32,8 +32,8 @@ KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a soc
 
 
 def reason(error: Exception) -> str:  # any error
-    "What another library's error says, in at most 100 characters of one line."
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    "What another library's error says, short enough for one line of ours."
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def is_there(path: str | Path) -> bool:
@@ -153,6 +153,16 @@ def check_nested(
         level, depth = [*names, *inner], depth + 1
 
 # %% ../../nbs/engine/opening.ipynb #e94fdd86
+def named_once(pairs: list[tuple[str, Any]]) -> dict:  # of one object of a JSON text
+    "The object. Raises ValueError for a name that stands there twice."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} stands twice in one object; take one out")
+    return found
+
+
 def parse_json(
     text: str,
     finite: bool = True,  # False: NaN and infinity are let in
@@ -160,7 +170,7 @@ def parse_json(
     "What the text says. Raises ValueError, also for what is too deep or too much."
     check_crowd(text)
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=named_once)
         check_nested(found, finite)
         return found
     except RecursionError:

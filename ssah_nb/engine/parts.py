@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['REPLACED', 'lay_adjacent', 'AdjacentParts', 'order_of', 'OrderedParts', 'KeptParts', 'LinearParts', 'take_entry',
            'SavedParts', 'in_autocast', 'SplitLinear', 'plain_linear', 'refuse_stale_optimizer', 'replace',
-           'own_linears', 'permutable_linears', 'split_all', 'split_linears', 'of_peft', 'mark', 'builds_adapter',
-           'refuse_late_adapter', 'outside', 'check_trains']
+           'children_with_tensors', 'permutable_linears', 'split_all', 'split_linears', 'of_peft', 'mark',
+           'builds_adapter', 'refuse_late_adapter', 'outside', 'check_trains']
 
 # %% ../../nbs/engine/parts.ipynb #parts-002
 import math
 import torch
 import torch.nn.functional as F
-from .expert_parts import SplitExperts, experts_in
+from .expert_parts import Plan, SplitExperts, experts_in
 from .experts import is_fused
 from .live import LiveTensor, show
 from .products import Permuted, SplitProduct, adjacent, whole
@@ -264,7 +264,7 @@ def replace(model: nn.Module, name: str, module: nn.Module):
     model.get_submodule(parent).register_module(child, module)
 
 # %% ../../nbs/engine/parts.ipynb #parts-028
-def own_linears(mlp: nn.Module) -> set[str]:
+def children_with_tensors(mlp: nn.Module) -> set[str]:
     "What in a module holds parameters or buffers: the first part of their names."
     named = [*mlp.named_parameters(), *mlp.named_buffers()]
     return {name.partition(".")[0] for name, _ in named}
@@ -272,14 +272,14 @@ def own_linears(mlp: nn.Module) -> set[str]:
 
 def permutable_linears(
     model: nn.Module,  # any model
-    plan: dict[str, tuple[torch.Tensor, int]],  # from `linears_to_split`
+    plan: Plan,  # from `linears_to_split`
     mlps: list[tuple[str, ...]],  # names of each MLP's linears, B first
 ) -> set[str]:
     "The linears of the MLPs whose channels may come in any order."
     found: set[str] = set()
     for names in mlps:
         mlp = model.get_submodule(names[0].rpartition(".")[0])
-        alone = own_linears(mlp) == {name.rpartition(".")[2] for name in names}
+        alone = children_with_tensors(mlp) == {name.rpartition(".")[2] for name in names}
         heard = any(is_heard(model.get_submodule(n)) for n in names if not is_fused(n))
         if len(set(names)) == 3 and plan.keys() >= set(names) and alone and not heard:
             found |= set(names)
@@ -288,7 +288,7 @@ def permutable_linears(
 # %% ../../nbs/engine/parts.ipynb #a58875d8
 def split_all(
     model: nn.Module,  # changed in place, its function is not
-    plan: dict[str, tuple[torch.Tensor, int]],  # from `linears_to_split`
+    plan: Plan,  # from `linears_to_split`
     mlps: list[tuple[str, ...]],  # names of each MLP's linears, B first
 ):
     "Split each linear of a plan."
@@ -371,7 +371,7 @@ def outside(
 # %% ../../nbs/engine/parts.ipynb #f7c0e9a7
 def check_trains(
     model: nn.Module,  # an unfrozen model
-    plan: dict[str, tuple[torch.Tensor, int]],  # from `linears_to_split`
+    plan: Plan,  # from `linears_to_split`
     off: list[str],  # parameters that are switched off as well
     everything: bool = False,  # whether the plan holds all units
 ):

@@ -55,7 +55,7 @@ def trained_gradient(
 ) -> torch.Tensor:
     "The gradient of the trained rows alone, of their shape."
     rows, columns = (grad[..., :trained], kept) if dim == 0 else (kept, grad)
-    return rows.flatten(0, -2).t() @ columns.flatten(0, -2)
+    return rows.reshape(-1, rows.shape[-1]).t() @ columns.reshape(-1, columns.shape[-1])
 
 # %% ../../nbs/engine/products.ipynb #409a8e2c
 class SplitProduct(torch.autograd.Function):
@@ -79,7 +79,7 @@ class SplitProduct(torch.autograd.Function):
             w = whole(trained, frozen) if ctx.cast is None else ctx.cast
             of_x = grad @ (w if ctx.dim == 0 else w.t())
         of_trained = trained_gradient(grad, kept, len(trained), ctx.dim) if needed[1] else None
-        of_bias = grad.flatten(0, -2).sum(0) if needed[3] else None
+        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needed[3] else None
         return of_x, of_trained, None, of_bias, None
 
 # %% ../../nbs/engine/products.ipynb #products-010

@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from .batches import UNCOMPILED, decoder, evaluation_mode
-from .experts import broken_experts
-from .models import first_line
+from .experts import broken_experts, same_answer
+from .opening import reason
 from .run import SsahError
 from .sharded import refuse_sharded
 from torch import nn
@@ -47,7 +47,7 @@ def trial_states(model: nn.Module) -> torch.Tensor:  # a causal language model
             return blocks(input_ids=ids, use_cache=False).last_hidden_state.float()
     except Exception as e:  # a model raises whatever its own code stumbles on
         raise SsahError(
-            f"{architecture(model)} fails on eight tokens of text ({first_line(e)}); "
+            f"{architecture(model)} fails on eight tokens of text ({reason(e)}); "
             "check that model(input_ids) runs before its units are used"
         ) from None
 
@@ -329,10 +329,9 @@ def check_cut(
     "Raise `SsahError` when a cut model says something else, or nothing."
     try:
         got, what = trial_states(smaller), "computes something else"
-        limit = max(1e-3, 16 * torch.finfo(smaller.dtype).eps) * wanted.abs().amax()
-        right = bool(((got - wanted).abs() <= limit).all()) or not wanted.isfinite().all()
+        right = same_answer(got, wanted, smaller.dtype) or not wanted.isfinite().all()
     except SsahError as error:
-        right, what = False, f"fails ({str(error).partition('(')[2].partition(');')[0]})"
+        right, what = False, f"cannot run ({reason(error)})"
     if not right:
         raise SsahError(
             f"units cannot be cut out of {architecture(smaller)}: without them it {what}; "

@@ -27,6 +27,7 @@ def parse_csv(text: str, header: bool) -> list[dict]:
     Lines that begin with "# " above the column names are remarks.
 
     Raises `SsahError` for a name that stands twice, and for a row with a cell too many."""
+    header = header or "prompt" in next(csv.reader([text.partition("\n")[0]]), [])
     names = None if header else ["prompt"]
     if header:
         text = re.sub(r"\A(# .*\n)+", "", text)
@@ -106,7 +107,7 @@ def read_rows(
 # %% ../../nbs/engine/reading.ipynb #be9d099d
 def fitting_columns(rows: list[dict], source: Source) -> tuple[tuple[str, ...], str]:
     "The prompt columns and the response column that the rows have."
-    have = set(rows[0]) if rows else set()
+    have = set().union(*rows)
     known = [(("prompt",), "response"), *source.columns]
     for prompt, response in known:
         if {*prompt, response} - {""} <= have:
@@ -118,11 +119,11 @@ def fitting_columns(rows: list[dict], source: Source) -> tuple[tuple[str, ...], 
     )
 
 
-def cell(row: dict, column: str, turn: int, strip: bool) -> str:  # turn: of a conversation
-    "The text of a cell; a conversation is a list of turns. Raises `SsahError` for nested data."
+def cell(row: dict, column: str, turn: int, strip: bool) -> str:  # turn: of a list
+    "The text of a cell; of a list that turn, or none. Raises `SsahError` for nested data."
     value = row.get(column)
     if isinstance(value, (list, tuple)):
-        value = value[min(turn, len(value) - 1)] if value else ""
+        value = value[turn] if turn < len(value) else ""
     if isinstance(value, (list, tuple, bytes, Mapping)):
         raise SsahError(f"column {column!r} holds a {type(value).__name__}, no text; make it one")
     text = "" if is_missing(value) else str(value)
@@ -145,7 +146,8 @@ def pair_of(
     "The prompt and the response of a row. Raises `SsahError` as `cell` does."
     prompt_columns, response_column = columns
     parts = [cell(row, name, 0, strip) for name in prompt_columns]
-    return "\n\n".join(filter(None, parts)), cell(row, response_column, 1, strip)
+    turn = int(response_column in prompt_columns)  # of a conversation, which holds both
+    return "\n\n".join(filter(None, parts)), cell(row, response_column, turn, strip)
 
 # %% ../../nbs/engine/reading.ipynb #24c4e996
 def to_pairs(
@@ -159,7 +161,7 @@ def to_pairs(
     columns, strip, pairs = fitting_columns(rows, source), source.kind != "text", []
     column, value = source.where or (None, None)
     for i, row in enumerate(rows):
-        if source.where and row.get(column) != value:
+        if source.where and row.get(column, value) != value:
             continue
         try:
             prompt, response = pair_of(row, columns, strip)

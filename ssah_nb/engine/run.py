@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['set_seed', 'pick_device', 'kind_of', 'pick_dtype', 'bfloat16_speed', 'pick_mixed', 'show_progress', 'progress_shown',
            'progress', 'at_once_here', 'side_by_side', 'project_root', 'Folders', 'read_run_table', 'figure_files',
-           'Written', 'machine_settings', 'Run', 'given_parameters', 'begin', 'processor', 'versions', 'finish_run',
-           'write_manifest']
+           'Written', 'machine_settings', 'Run', 'own_parameters', 'given_parameters', 'begin', 'processor', 'versions',
+           'finish_run', 'write_manifest']
 
 # %% ../../nbs/engine/run.ipynb #run-002
 import contextlib
@@ -253,6 +253,7 @@ class Run(Written):
         super().__init__(profile)
         self.chapter, self.parameters, self.started = chapter, parameters, time.time()
         self.device, self.dtype, self.mixed = machine_settings()
+        at_once_here()  # so that a misspelt number stops the run here
         set_style()
         set_seed(parameters.get("seed", 0))
 
@@ -265,6 +266,19 @@ class Run(Written):
         finish_run(self, model, seconds)
 
 # %% ../../nbs/engine/run.ipynb #a27be511
+def own_parameters(names: dict) -> dict:  # the notebook's `globals()`, right after its parameters
+    "The literals of the cell tagged `parameters`, without the profile."
+    literals = (str, int, float, bool, list, dict)
+    return {
+        name: value
+        for name, value in names.items()
+        if isinstance(value, literals)
+        and not name.startswith("_")
+        and name not in ("In", "Out", "profile")
+        and not name.isupper()  # constants that were imported
+    }
+
+
 def given_parameters(
     chapter: str,  # name of the notebook, e.g. "03_attribution"
     names: dict,  # the notebook's `globals()`
@@ -278,7 +292,7 @@ def given_parameters(
         raise SsahError(
             f"SSAH_PARAMETERS={said[:40]!r} is not usable; give JSON such as {example}"
         ) from None
-    if unknown := given.keys() - names.keys():
+    if unknown := given.keys() - own_parameters(names).keys():
         raise SsahError(
             f"SSAH_PARAMETERS: {chapter} has no parameter {', '.join(sorted(unknown))}; "
             "see its cell with the tag parameters"
@@ -292,16 +306,7 @@ def begin(
 ) -> Run:
     "The run of a chapter, with the parameters of its notebook."
     names.update(given_parameters(chapter, names))
-    literals = (str, int, float, bool, list, dict)
-    skipped = ("In", "Out", "profile")
-    parameters = {
-        name: value
-        for name, value in names.items()
-        if isinstance(value, literals)
-        and not name.startswith("_")
-        and name not in skipped
-        and not name.isupper()  # constants that were imported
-    }
+    parameters = own_parameters(names)
     check_words(**parameters)
     return Run(names["profile"], chapter, **parameters)
 

@@ -35,7 +35,7 @@ class Source:
     config: str | None = None  # the hub's configuration
     hub_files: str = ""  # files to read, where the loader is a script or the file has no header
     where: tuple = ()  # (column, value): only these rows
-    file: str = ""  # instead of a wheel: a path, or the name of a file that lies in ssah_nb/
+    file: str = ""  # instead of a wheel: an absolute path, or a file that lies in ssah_nb/
 
 # %% ../../nbs/engine/sources.ipynb #sources-006
 WHEELS = {

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from .inputs import as_pairs, normalised
-from .limits import check_counts, check_seed
+from .limits import check_counts, check_seed, is_whole
 from .reading import read_rows
 from .run import SsahError, write_atomic
 
@@ -216,7 +216,7 @@ def check_sizes(sizes: dict | None) -> dict:  # overrides of SIZES
     for name, rows in (sizes or {}).items():
         if name not in SIZES:
             raise SsahError(f"unknown size {name!r}; use one of {', '.join(SIZES)}")
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+        if not is_whole(rows) or rows < 0:
             raise SsahError(f"size {name} is {rows!r}; use a whole number of rows, 0 or more")
     return SIZES | (sizes or {})
 

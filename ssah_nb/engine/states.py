@@ -100,7 +100,7 @@ def check_in_memory(
     train: bool = False,  # True: accelerate's offloading will not do
 ):
     "Raise `SsahError` when weights are missing that the model would need."
-    refuse_sharded(model, "this")
+    refuse_sharded(model, "training" if train else "a measurement")
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if not missing:
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from safetensors.torch import save
 from .files import SsahError, write_together
-from .opening import is_there, read_bytes, read_json, read_tensors
+from .opening import MOST, is_there, read_bytes, read_json, read_tensors
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-seal
 def seal_of(
@@ -71,9 +71,8 @@ def is_text(value) -> bool:  # anything
 
 # %% ../../nbs/engine/tensors.ipynb #41f7d990
 SIZES = ("hidden_size", "layers", "channels", "heads", "head_dim", "group", "experts")
-FACTS: dict[
-    str, Any
-] = {  # name -> what it must be, wherever it stands; other facts may be anything
+# What a fact of this name must be, wherever it stands; other facts may be anything.
+FACTS: dict[str, Any] = {
     "parameters": {"mlp": is_amount, "attention": is_amount},
     "total": is_amount,
     "model": {"model_type": is_text} | dict.fromkeys(SIZES, is_whole),
@@ -114,7 +113,7 @@ def check_seal(
 ):
     "Raise `SsahError` when the tensors or the facts are not those of the seal."
     seal = facts.pop("sha256", None)
-    if seal is not None and seal != seal_of(read_bytes(kept), facts):
+    if seal is not None and seal != seal_of(read_bytes(kept, MOST["tensors"]), facts):
         raise SsahError(
             f"{path} or its tensors were changed after they were written (sha256); write them "
             "again, or take the sha256 out of the JSON file if that was meant"

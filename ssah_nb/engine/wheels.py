@@ -138,7 +138,7 @@ def wheel_member(
     The wheel's hash is in the path, so that a new pin never reads an old file."""
     place = PurePosixPath(member)
     if place.is_absolute() or ".." in place.parts or "\\" in member or not place.name:
-        raise SsahError(f"'{member}' is no path inside a wheel")
+        raise SsahError(f"'{member}' is no path inside a wheel; give one such as package/file.txt")
     path = cache_folder() / "members" / sha256[:16] / place
     if is_there(path):
         plain_size(path)
