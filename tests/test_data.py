@@ -42,6 +42,31 @@ def test_bad_names(arguments, words, cache):
     assert all(word in message for word in words), message
 
 
+def test_prompts_alone_have_no_responses(tmp_path):
+    talk = write(tmp_path / "lima.json", json.dumps([{"conversations": ["Hi"]}]))
+    assert load_pairs("lima", path=talk) == [{"prompt": "Hi", "response": ""}]
+    lines = [json.dumps(row) for row in ({"prompt": "a"}, {"prompt": "b", "response": "c"})]
+    some = write(tmp_path / "some.jsonl", "\n".join(lines))
+    assert [pair["response"] for pair in load_pairs("donotanswer", path=some)] == ["", "c"]
+
+
+def test_a_file_of_prompts_fits_every_source(tmp_path):
+    mine = write(tmp_path / "mine.csv", "prompt\nHow?\n")
+    for name in ("xstest", "hex_phi", "advbench"):
+        assert load_pairs(name, path=mine) == [{"prompt": "How?", "response": ""}]
+    bare = write(tmp_path / "bare.csv", "How?\nWhy?\n")
+    assert [pair["prompt"] for pair in load_pairs("hex_phi", path=bare)] == ["How?", "Why?"]
+
+
+def test_what_was_read_is_noted_and_what_was_counted_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SOURCES_READ", set())
+    load_pairs("hex_phi", path=write(tmp_path / "mine.csv", "How?\n"))
+    data.source_table()
+    assert data.SOURCES_READ == set()
+    load_pairs("toy_benign")
+    assert data.SOURCES_READ == {"toy_benign"}
+
+
 def test_unknown_task():
     with pytest.raises(SsahError, match="boolq, rte") as error:
         data.local_task_file("mmlu")

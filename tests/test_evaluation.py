@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from helpers import PROMPTS
+from helpers import PROMPTS, one_line
 
 from ssah_nb.engine import evaluation
 from ssah_nb.engine.chat import encode_pairs
@@ -240,3 +240,14 @@ def test_an_earlier_report_is_read_as_it_was_measured(tmp_path):
     assert earlier_report(tmp_path / "reports.csv", model="b") == other
     assert earlier_report(tmp_path / "reports.csv", model="c") is None
     assert earlier_report(tmp_path / "none.csv", model="a") is None
+
+
+def test_a_response_that_is_no_text_keeps_its_row(monkeypatch):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    values = evaluation.response_perplexities(model, tokenizer, ["a", "b", "c"], ["", "Yes.", " "])
+    alone = evaluation.response_perplexities(model, tokenizer, ["b"], ["Yes."])
+    assert values[1] == pytest.approx(alone[0]) and np.isinf(values[[0, 2]]).all()
+    long = "yes " * model.config.max_position_embeddings
+    with pytest.raises(SsahError, match="pair 2 has .* more than the model's context") as error:
+        evaluation.response_perplexities(model, tokenizer, ["a", "b", "c"], ["", "", long])
+    one_line(error)

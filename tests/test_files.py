@@ -14,6 +14,7 @@ from ssah_nb import Importance, SsahError, Splits, UnitMap, load_pairs, make_spl
 from ssah_nb.engine.data import toy_benign, toy_harmful
 from ssah_nb.engine.inputs import normalised
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
+from ssah_nb.engine.opening import parse_json
 from ssah_nb.engine.splits import TOY_SIZES
 
 PAIR = {"prompt": "Hi", "response": "Hello"}
@@ -27,6 +28,12 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 def test_a_number_is_an_answer(answer, text, tmp_path):
     path = write(tmp_path / "rows.json", json.dumps([{"question": "1-1?", "answer": answer}]))
     assert load_pairs("gsm8k", path=path) == [{"prompt": "1-1?", "response": text}]
+
+
+def test_a_name_that_a_json_text_gives_twice_is_refused():
+    with pytest.raises(ValueError, match="'a' stands twice in one object"):
+        parse_json('[{"b": 1}, {"a": 1, "a": 2}]')
+    assert parse_json('[{"a": 1}, {"a": 2}]') == [{"a": 1}, {"a": 2}]
 
 
 def test_a_name_that_a_yaml_file_gives_twice_is_refused_with_its_line(tmp_path):

@@ -19,7 +19,7 @@ from ssah_nb.engine.alignment import STOCK_REFUSALS
 from ssah_nb.engine.evaluation import attack_success, over_refusal, rates_of
 from ssah_nb.engine.intervals import wilson
 from ssah_nb.engine.judges import DEFAULT_JUDGE, JUDGES, is_refusal, judged
-from ssah_nb.engine.refusal import RULES, refusal_idea
+from ssah_nb.engine.refusal import RULES, content_words, off_topic, refusal_idea
 from ssah_nb.engine.run import SsahError
 
 ROOT = Path(__file__).parent.parent
@@ -236,3 +236,23 @@ def test_a_response_is_one_text(response):
     with pytest.raises(SsahError, match="is no response; pass one text") as error:
         is_refusal(response)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"window": 0}, "window"),
+        ({"keywords": []}, "phrases of a judge"),
+        ({"keywords": [""]}, "judge phrase 0"),
+        ({"keywords": 7}, "a int is no judge"),
+    ],
+)
+def test_is_refusal_takes_what_attack_success_takes(options, words):
+    with pytest.raises(SsahError, match=words):
+        is_refusal("I'm sorry", **options)
+
+
+def test_words_that_say_nothing_of_a_topic():
+    assert content_words("What does this do? It was its turn.") == {"turn"}
+    assert not off_topic("What does it do?", "Fry the garlic.")
+    assert off_topic("Where does rain come from?", "This bread does rise.")

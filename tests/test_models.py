@@ -12,7 +12,7 @@ import torch
 from helpers import one_line
 from safetensors import SafetensorError
 
-from ssah_nb.engine import models
+from ssah_nb.engine import files, models
 from ssah_nb.engine.models import (
     ARCHITECTURES,
     CHATML,
@@ -339,3 +339,31 @@ def test_alone_makes_the_first_two_stages_and_names_the_chapter_of_the_third(tmp
     with pytest.raises(SsahError, match="no finetuned model in .*; run the chapter") as error:
         load_stage(run, "finetuned")
     one_line(error)
+
+
+def test_a_file_is_not_replaced_by_a_model(tmp_path):
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(SsahError, match="results.csv is a file, and a model is a folder") as error:
+        save_model(tiny_model(), tiny_tokenizer(), tmp_path / "results.csv")
+    one_line(error)
+    assert (tmp_path / "results.csv").read_text() == "mine"
+
+
+def test_a_model_whose_replacement_was_killed_comes_back(tmp_path, monkeypatch):
+    folder = save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(files, "has_ended", lambda process: True)
+    work = files.part_of(folder)
+    work.mkdir()
+    os.replace(folder, work / "old")  # here the process was killed
+    broken = tiny_model(seed=1)
+    monkeypatch.setattr(broken, "save_pretrained", full_disk)
+    with pytest.raises(SsahError, match="cannot save the model"):
+        save_model(broken, tiny_tokenizer(), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_small_models_are_not_spread():
+    model, _ = load_model("tiny", device="spread")
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")

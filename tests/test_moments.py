@@ -62,3 +62,12 @@ def test_scores_without_a_whole_number_of_heads(model, words):
     check_statistics(tensors, {"count": 0, "model": {"heads": 3}}, "toy")
     with pytest.raises(SsahError, match=f"^{words}$"):
         check_statistics(tensors, {"count": 0, "model": model}, "toy")
+
+
+def test_a_piece_without_tokens_changes_nothing():
+    some = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    found, expected = Moments(), Moments()
+    found.add([torch.zeros(0, 3), some])
+    expected.add([some])
+    assert found.count == 5 and torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.m2, expected.m2)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers_freezing import (
     LONG,
     SHORT,
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssah_nb.engine.models import ARCHITECTURES, tiny_model
 from ssah_nb.engine.parts import SplitLinear, adjacent, split_linears
+from ssah_nb.engine.products import SplitProduct
 from ssah_nb.freezing import freeze, merge
 
 
@@ -151,3 +153,18 @@ def test_copies_casts_modes_and_generation():
     assert all(model(ids).logits.dtype == torch.float64 for ids in (LONG, SHORT))
     assert not any(m.training for m in merge(model.eval()).modules())
     assert same({n: v.float() for n, v in model.state_dict().items()}, before)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_split_linear_takes_one_row_as_a_linear_does(dim):
+    x, trained = torch.randn(6, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    frozen = torch.randn(4, 4, dtype=torch.float64)
+    x = x[:4] if dim == 0 else x
+    parts = [t.requires_grad_() for t in (x, trained)]
+    bias = torch.zeros(6 if dim == 0 else 4, dtype=torch.float64, requires_grad=True)
+    SplitProduct.apply(*parts, frozen, bias, dim).sum().backward()
+    whole = torch.cat([trained.detach(), frozen]).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    F.linear(other, whole if dim == 0 else whole.t()).sum().backward()
+    assert torch.allclose(x.grad, other.grad) and torch.allclose(trained.grad, whole.grad[:2])
+    assert bias.grad.eq(1).all()

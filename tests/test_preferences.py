@@ -107,3 +107,12 @@ def test_dpo_trains_redundant_units_only(tokenizer, mixed):
     changed = sum(int((after[name] != before[name]).sum()) for name in before)
     assert 0 < changed <= 0.1 * sum(p.numel() for p in tiny_model().parameters())
     assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    "margins, words", [([0.0], "1 margins for 2 rows"), ([0.0, math.nan], "reference margin 1")]
+)
+def test_a_reference_of_other_rows_or_of_no_numbers(tokenizer, margins, words):
+    rows = [{"prompt": f"Why {i}?", "chosen": "No.", "rejected": "Yes."} for i in range(2)]
+    with pytest.raises(SsahError, match=words):
+        finetune_dpo(tiny_model(), tokenizer, rows, reference=torch.tensor(margins))

@@ -158,12 +158,13 @@ def test_a_wrong_number_at_once_is_one_error(monkeypatch, said):
         ("[1]", "give JSON such as"),
         ('{"04_classes": 3}', "give JSON such as"),
         ('{"04_classes": {"sed": 2}}', "04_classes has no parameter sed"),
+        ('{"04_classes": {"np": 2}}', "04_classes has no parameter np"),
     ],
 )
 def test_wrong_parameters_from_the_environment_are_one_error(run, monkeypatch, said, words):
     monkeypatch.setenv("SSAH_PARAMETERS", said)
     with pytest.raises(SsahError, match=f"SSAH_PARAMETERS.*{words}"):
-        begin("04_classes", {"profile": "test", "seed": 1})
+        begin("04_classes", {"profile": "test", "seed": 1, "np": re})
 
 
 @pytest.mark.parametrize(

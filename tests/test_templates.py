@@ -189,3 +189,11 @@ def test_a_base_model_gets_the_template_of_its_sibling(tmp_path, monkeypatch):
     with pytest.raises(SsahError, match="cannot read the chat template") as error:
         start_model(run, str(tmp_path / "base"), lender=str(tmp_path / "none"))
     one_line(error)
+
+
+def test_an_answer_needs_an_end():
+    tokenizer = with_template("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    tokenizer.eos_token = None
+    with pytest.raises(SsahError, match="closes no answer.*set tokenizer.eos_token") as error:
+        encode_pairs(tokenizer, PAIRS)
+    one_line(error)
