@@ -98,7 +98,7 @@ def resampled(
         rows, columns = draws_of(orders, draws, rng), draws_of(prompts, draws, rng)
     share = 1 / orders
     wider = math.sqrt(orders / (orders - 1)) if orders > 1 else 0.0
-    rows = share + wider * (rows * share - share)
+    rows = share + wider * (rows * share - share)  # correction 1
     return ((rows @ d) * columns).sum(1) / (columns @ w)
 
 # %% ../../nbs/engine/paired.ipynb #paired-011
@@ -119,10 +119,10 @@ def paired_difference(
     error, freedom = spread(d, w)
     of_t = special.stdtrit(freedom, 0.975)
     ends = np.quantile(resampled(d, w, seed, draws), [0.025, 0.975])
-    low, high = value + (ends - value) * of_t / special.ndtri(0.975)
-    if len(d) == 2:
+    low, high = value + (ends - value) * of_t / special.ndtri(0.975)  # correction 2
+    if len(d) == 2:  # correction 3
         low, high = min(low, value - of_t * error), max(high, value + of_t * error)
-    if all(map(are_yes_or_no, (before, after))):
+    if all(map(are_yes_or_no, (before, after))):  # correction 4
         least = wilson(0, d.shape[1]).high
         low, high = max(-1.0, min(low, value - least)), min(1.0, max(high, value + least))
     elif d.shape[1] == 1:
