@@ -52,7 +52,7 @@ def test_prompts_alone_have_no_responses(tmp_path):
 
 def test_a_file_of_prompts_fits_every_source(tmp_path):
     mine = write(tmp_path / "mine.csv", "prompt\nHow?\n")
-    for name in ("xstest", "hex_phi", "advbench"):
+    for name in ("xstest", "hex_phi"):
         assert load_pairs(name, path=mine) == [{"prompt": "How?", "response": ""}]
     bare = write(tmp_path / "bare.csv", "How?\nWhy?\n")
     assert [pair["prompt"] for pair in load_pairs("hex_phi", path=bare)] == ["How?", "Why?"]
