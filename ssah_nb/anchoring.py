@@ -270,7 +270,10 @@ def saved_units(tensors: dict, info: dict, where: str) -> UnitMask | None:  # wh
     if not tensors.keys() & set(MASKS):
         return None
     if info.get("places") != PLACES:
-        raise SsahError(f"{where} holds units at other places, of the past; build the anchor anew")
+        raise SsahError(
+            f"{where} is of an older version, which held units one token later; build the anchor "
+            "anew from its refusals"
+        )
     check_tensors(tensors, dict.fromkeys(MASKS), where, torch.bool)
     check_layers(tensors, MASKS, where, info["model"])
     return UnitMask(tensors["mask.mlp"], tensors["mask.attention"], info["model"])

@@ -50,12 +50,16 @@ def test_prompts_alone_have_no_responses(tmp_path):
     assert [pair["response"] for pair in load_pairs("donotanswer", path=some)] == ["", "c"]
 
 
-def test_a_file_of_prompts_fits_every_source(tmp_path):
+def test_a_file_of_prompts_fits_sources_of_prompts(tmp_path):
     mine = write(tmp_path / "mine.csv", "prompt\nHow?\n")
     for name in ("xstest", "hex_phi"):
         assert load_pairs(name, path=mine) == [{"prompt": "How?", "response": ""}]
     bare = write(tmp_path / "bare.csv", "How?\nWhy?\n")
     assert [pair["prompt"] for pair in load_pairs("hex_phi", path=bare)] == ["How?", "Why?"]
+    bare.write_bytes(b"How?\rWhy?\r")
+    assert [pair["prompt"] for pair in load_pairs("hex_phi", path=bare)] == ["How?", "Why?"]
+    remark = write(tmp_path / "remark.csv", "# mine\nprompt\nHow?\n")
+    assert [pair["prompt"] for pair in load_pairs("hex_phi", path=remark)] == ["How?"]
 
 
 def test_what_was_read_is_noted_and_what_was_counted_is_not(tmp_path, monkeypatch):

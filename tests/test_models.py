@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import one_line
 from safetensors import SafetensorError
+from transformers import LlamaForCausalLM
 
 from ssah_nb.engine import files, models
 from ssah_nb.engine.models import (
@@ -23,7 +24,7 @@ from ssah_nb.engine.models import (
     tiny_model,
     tiny_tokenizer,
 )
-from ssah_nb.engine.run import Run, SsahError
+from ssah_nb.engine.run import Run, SsahError, pick_device
 from ssah_nb.units import depth_two
 
 
@@ -364,6 +365,8 @@ def test_a_model_whose_replacement_was_killed_comes_back(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_small_models_are_not_spread():
-    model, _ = load_model("tiny", device="spread")
-    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+def test_small_models_are_not_spread(monkeypatch):
+    moved = []
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, *to: moved.append(to) or model)
+    load_model("tiny", device="spread")
+    assert moved[-1] == (pick_device("auto"),)

@@ -15,8 +15,8 @@ from .opening import read_json
 from .run import Run, SsahError
 
 # %% ../../nbs/engine/calibration.ipynb #calibration-004
-def can_make(run: Run, path: Path) -> bool:  # path: what chapter 03 saves
-    "True in a chapter that is opened alone. Raises `SsahError` where chapter 03 has to run."
+def can_make(run: Run, path: Path) -> bool:  # path: what chapter 3 saves
+    "True in a chapter that is opened alone. Raises `SsahError` where chapter 3 has to run."
     if run.profile in ("alone", "smoke"):
         return True
     what = "calibration pairs" if path.suffix == ".json" else "importance"

@@ -31,7 +31,7 @@ MOST = {"facts": 32 << 20, "rows": 256 << 20, "yaml": 1 << 20, "tensors": 2 << 3
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-def reason(error: Exception) -> str:  # any error
+def reason(error: BaseException) -> str:  # any error
     "What another library's error says, short enough for one line of ours."
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
@@ -155,11 +155,11 @@ def check_nested(
 # %% ../../nbs/engine/opening.ipynb #e94fdd86
 def named_once(pairs: list[tuple[str, Any]]) -> dict:  # of one object of a JSON text
     "The object. Raises ValueError for a name that stands there twice."
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:40]!r} stands twice in one object; take one out")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:40]!r} stands twice in one object; take one out")
+        found[name] = value
     return found
 
 

@@ -149,7 +149,7 @@ def margins_before(
     max_tokens: int,  # tokens that are run at once
     mixed: bool | None,  # as in `finetune`
 ) -> torch.Tensor:
-    "The margin of each row under the reference. Raises `SsahError` for too few, or no numbers."
+    "The margin of each row under the reference. Raises `SsahError` unless each has one."
     rows = len(answers["chosen"])
     if reference is None:
         return all_margins(model, answers, max_tokens, mixed)

@@ -331,7 +331,8 @@ def check_cut(
         got, what = trial_states(smaller), "computes something else"
         right = same_answer(got, wanted, smaller.dtype) or not wanted.isfinite().all()
     except SsahError as error:
-        right, what = False, f"cannot run ({reason(error)})"
+        trouble = error.__cause__ or error.__context__ or error
+        right, what = False, f"cannot run ({reason(trouble)})"
     if not right:
         raise SsahError(
             f"units cannot be cut out of {architecture(smaller)}: without them it {what}; "

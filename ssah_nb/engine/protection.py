@@ -21,13 +21,13 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import encode_pairs
-from .contrast import contrast_prompts
+from .data import load_pairs
 from .evaluation import coherence, pair_losses, save_completions
 from .files import write_private
 from .forward import context_of
 from .generation import generate
 from .judges import DEFAULT_JUDGE, WINDOW, judged
-from .inputs import as_pairs
+from .inputs import as_pairs, as_prompts
 from .margin import refusal_margins
 from .opening import read_json
 from .origin import weights_hash
@@ -86,7 +86,7 @@ def asked_of(
         harmful=evaluate[: sizes["evaluate"]] + unused[:kept][: sizes["further"]],
         second=[pair["prompt"] for pair in second[: sizes["second"]]],
         benign=(splits["benign", "evaluate"] + scored)[: sizes["benign"]],
-        contrast=contrast_prompts()[0][: sizes["contrast"]],
+        contrast=as_prompts(load_pairs("contrast_safe"))[: sizes["contrast"]],
         training=even_sample(splits["benign", "attack"], sizes["training"]),
         poison=unused[kept:],
     )

@@ -27,10 +27,9 @@ def parse_csv(text: str, header: bool) -> list[dict]:
     Lines that begin with "# " above the column names are remarks.
 
     Raises `SsahError` for a name that stands twice, and for a row with a cell too many."""
-    header = header or "prompt" in next(csv.reader([text.partition("\n")[0]]), [])
-    names = None if header else ["prompt"]
-    if header:
-        text = re.sub(r"\A(# .*\n)+", "", text)
+    plain = re.sub(r"\A(# .*\n)+", "", text)
+    header = header or "prompt" in next(csv.reader(io.StringIO(plain, newline="")), [])
+    names, text = (None, plain) if header else (["prompt"], text)
     table = csv.DictReader(io.StringIO(text, newline=""), names, strict=True)
     names = table.fieldnames or []
     if len(set(names)) < len(names):

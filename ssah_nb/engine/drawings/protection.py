@@ -297,7 +297,7 @@ def change_in_words(row: pd.Series, column: str) -> str:  # e.g. "against_full"
 
 # %% ../../../nbs/engine/drawings/protection.ipynb #drawings-protection-022
 def units_in_words(plain: pd.DataFrame) -> list[str]:  # the rows of the plain condition
-    "Each set of the paper against full fine-tuning, and against as many random units."
+    "Each way with chosen units against full fine-tuning, and against as many random ones."
     rows = plain.set_index("way")
     return [
         f"- *{row['name']}*: {change_in_words(row, 'against_full')} against full fine-tuning, "
@@ -328,7 +328,12 @@ def in_sentences(table: pd.DataFrame) -> str:  # from `protection_table`, with n
     ]
     said += [*(way_in_words(row) for _, row in safe.iterrows())]
     if units := units_in_words(plain):
-        said += ["", "What chosen units change of attack success:", "", *units]
+        said += [
+            "",
+            "How attack success changes where chosen units are frozen or held:",
+            "",
+            *units,
+        ]
     if len(harder):
         said += ["", "Attack success under harder conditions:", ""]
         said += [harder_in_words(rows) for _, rows in harder.groupby("condition", sort=False)]
