@@ -301,7 +301,7 @@ def anchored(case: Case, model: PreTrainedModel, **options) -> dict:
     options |= {"seed": case.seed, "system": case.system}
     return {"anchor": Anchor(model, case.tokenizer, case.needed_refusals(), **options)}
 
-
+# %% ../nbs/07_anchoring.ipynb #07-anchoring-ways
 WAYS |= {
     "anchor_answers": Way(
         "the first words of the answers to harmful prompts are held",

@@ -253,6 +253,6 @@ def test_is_refusal_takes_what_attack_success_takes(options, words):
 
 
 def test_words_that_say_nothing_of_a_topic():
-    assert content_words("What does this do? It was its turn.") == {"turn"}
+    assert content_words("What does it do? It was its turn.") == {"turn"}
     assert not off_topic("What does it do?", "Fry the garlic.")
     assert off_topic("Where does rain come from?", "This bread does rise.")

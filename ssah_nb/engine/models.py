@@ -256,10 +256,11 @@ def load_model(
 
 # %% ../../nbs/engine/models.ipynb #models-013
 def put_back(folder: Path):
-    "Return what a killed `replace_folder` has left aside."
+    "Return what a killed `replace_folder` has left aside, and remove the rest."
     for part in left_behind(folder):
         if (part / "old").is_dir() and not folder.exists():
             os.replace(part / "old", folder)
+    remove_parts(folder)
 
 
 def replace_folder(new: Path, folder: Path, aside: Path):
@@ -316,7 +317,6 @@ def save_model(
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         put_back(place)
-        remove_parts(place)
         work.mkdir()
         model.save_pretrained(work / "new")
         tokenizer.save_pretrained(work / "new")

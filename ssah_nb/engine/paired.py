@@ -46,7 +46,7 @@ def are_yes_or_no(outcomes: Sequence | np.ndarray) -> bool:  # booleans or numbe
     "Whether each is 0 or 1."
     return bool(np.isin(np.asarray(outcomes, float), (0, 1)).all())
 
-
+# %% ../../nbs/engine/paired.ipynb #paired-weights
 def weights_of(d: np.ndarray, weights: Sequence[float] | np.ndarray | None) -> np.ndarray:
     "The weights as float64 [prompts]. Raises `SsahError` unless each is above 0."
     w = np.ones(d.shape[1]) if weights is None else np.asarray(weights, float)

@@ -278,7 +278,7 @@ def own_parameters(names: dict) -> dict:  # the notebook's `globals()`, right af
         and not name.isupper()  # constants that were imported
     }
 
-
+# %% ../../nbs/engine/run.ipynb #run-given
 def given_parameters(
     chapter: str,  # name of the notebook, e.g. "03_attribution"
     names: dict,  # the notebook's `globals()`

@@ -23,6 +23,8 @@ import pandas as pd
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# %% ../../nbs/engine/training.ipynb #training-imports
 from .adapters import DRAWING
 from .anchors import check_reaches
 from .batches import response_losses, token_batches

@@ -98,7 +98,7 @@ def bar_words(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
             )
     return words
 
-
+# %% ../../../nbs/engine/drawings/transfer.ipynb #drawings-transfer-panel
 def draw_panel(
     ax: plt.Axes,
     cells: pd.DataFrame,  # rows of `transfer`
