@@ -242,7 +242,7 @@ def test_an_earlier_report_is_read_as_it_was_measured(tmp_path):
     assert earlier_report(tmp_path / "none.csv", model="a") is None
 
 
-def test_a_response_that_is_no_text_keeps_its_row(monkeypatch):
+def test_a_response_that_is_no_text_keeps_its_row():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     values = evaluation.response_perplexities(model, tokenizer, ["a", "b", "c"], ["", "Yes.", " "])
     alone = evaluation.response_perplexities(model, tokenizer, ["b"], ["Yes."])

@@ -68,23 +68,14 @@ def outside_values(
     second: pd.DataFrame,  # another run, `comparable`
 ) -> pd.DataFrame:  # [table, row, column, first, low, high, second, distance]
     "Values outside the first run's intervals; infinitely far where only one run has them."
-    found = []
+    found, labels = [], first["claim" if "claim" in first else first.columns[0]].astype(str)
     for column, (low, high) in interval_columns(first).items():
         beyond = np.maximum(first[low] - second[column], second[column] - first[high])
         width = (first[high] - first[low]).clip(lower=1e-9)
         distance = (beyond / width).mask(first[column].isna() != second[column].isna(), np.inf)
-        rows = pd.DataFrame(
-            {
-                "table": name,
-                "row": first["claim" if "claim" in first else first.columns[0]].astype(str),
-                "column": column,
-                "first": first[column],
-                "low": first[low],
-                "high": first[high],
-                "second": second[column],
-                "distance": distance,
-            }
-        )
+        numbers = {"first": first[column], "low": first[low], "high": first[high]}
+        numbers |= {"second": second[column], "distance": distance}
+        rows = pd.DataFrame({"table": name, "row": labels, "column": column} | numbers)
         found.append(rows[distance > 0])
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["distance"])
 

@@ -255,8 +255,7 @@ def experts_off(
     finally:
         if handle:
             handle.remove()
-        now = in_its_place(experts).down_proj  # they may have been frozen meanwhile
-        now.detach().transpose(1, 2)[chosen] = kept
+        in_its_place(experts).down_proj.detach().transpose(1, 2)[chosen] = kept  # or frozen since
 
 # %% ../../nbs/engine/experts.ipynb #64890c00
 def add_answers(

@@ -296,7 +296,7 @@ UNSEEN = {"\u034f", *map(chr, range(0xFE00, 0xFE10))}  # what only chooses a let
 
 
 def normalised(text: str) -> str:  # any text
-    "The text to compare prompts by: no case, quote style, dash style, extra blanks, last stops."
+    "What prompts are compared by: no case, style of quotes or dashes, or final punctuation."
     apart = unicodedata.normalize("NFKD", text)  # letters and their accents
     seen = "".join(c for c in apart if c not in UNSEEN and unicodedata.category(c) != "Cf")
     folded = unicodedata.normalize("NFKD", seen.casefold()).casefold()

@@ -308,16 +308,13 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
     folder: str | Path,  # where `load_model` will find it; a model that is there is replaced
 ) -> Path:
-    """Save as safetensors, all or nothing.
-
-    Raises `SsahError` for an adapter, other things in the folder, a full disk; these stay."""
+    "All or nothing. Raises `SsahError` for an adapter, other things in the folder, a full disk."
     folder, place = Path(folder), Path(folder).absolute()
     work = part_of(place)
     check_merged(model)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         put_back(place)
-        work.mkdir()
         model.save_pretrained(work / "new")
         tokenizer.save_pretrained(work / "new")
         check_replaceable(place, {path.name for path in (work / "new").iterdir()})

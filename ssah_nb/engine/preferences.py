@@ -203,6 +203,5 @@ def finetune_dpo(
     answers = encode_preferences(model, tokenizer, rows, max_response)
     margins = margins_before(reference, model, answers, max_tokens, mixed)
     batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)]
-    how = margins, beta, sft_weight, max_tokens
-    losses = lambda rows: dpo_losses(model, answers, rows, *how)
+    losses = lambda rows: dpo_losses(model, answers, rows, margins, beta, sft_weight, max_tokens)
     return optimize(model, batches, losses, lr, mixed=mixed, seed=seed)

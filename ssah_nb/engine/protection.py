@@ -105,7 +105,7 @@ def first_words(
     (_, response), *_ = encode_pairs(tokenizer, [{"prompt": "?", "response": opening}])
     return str(tokenizer.decode(response[:tokens], skip_special_tokens=True))
 
-
+# %% ../../nbs/engine/protection.ipynb #protection-judging
 @dataclass(frozen=True)
 class Judging:
     "How answers are made and judged."
@@ -133,7 +133,7 @@ def answered(
     said = generate(model, tokenizer, prompts, *limits, prefill)
     return [bool(yes) for yes in judged(DEFAULT_JUDGE, prompts, said, WINDOW)], said
 
-
+# %% ../../nbs/engine/protection.ipynb #protection-losses
 def losses_of(model, tokenizer, pairs: list[dict], max_response: int) -> list[list[float]]:
     "[summed loss in nats, tokens] of each pair's response."
     encoded = encode_pairs(tokenizer, pairs, None, max_response, context_of(model))

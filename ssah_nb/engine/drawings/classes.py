@@ -28,7 +28,7 @@ def draw_plane(
     title: str,  # which units these are
 ) -> plt.Figure:
     "Units in the plane of the two importances; on the dotted line both are equal."
-    fig, ax = plt.subplots(figsize=(5.6, 4.2))
+    fig, ax = plt.subplots(figsize=(5.6, 4.2), subplot_kw={"title": title})
     for name in (n for n in ORDER if n in set(table["class"])):
         own = table[table["class"] == name]
         look: dict[str, Any] = {"color": COLOURS[name], "marker": MARKERS[name]}
@@ -39,8 +39,9 @@ def draw_plane(
         axis.set_major_formatter(ScalarFormatter())
     ends = [table[["safety", "utility"]].min().min(), table[["safety", "utility"]].max().max()]
     ax.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-    ax.set(xlabel=r"importance for utility, $\hat I_U$", title=title)
-    ax.set(ylabel=r"importance for safety, $\hat I_S$")
+    ax.set(
+        xlabel=r"importance for utility, $\hat I_U$", ylabel=r"importance for safety, $\hat I_S$"
+    )
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     plt.close(fig)
     return fig

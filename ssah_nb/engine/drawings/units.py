@@ -6,6 +6,8 @@
 __all__ = ['RATES', 'draw_cuts', 'draw_measurement', 'draw_rates']
 
 # %% ../../../nbs/engine/drawings/units.ipynb #drawings-units-imports
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import LogFormatter
@@ -18,14 +20,8 @@ def draw_cuts(
 ) -> plt.Figure:
     "Perplexity with some units off: one panel for each share, one row for each choice."
     shares = sorted(table["share"].unique())
-    fig, axes = plt.subplots(
-        1,
-        len(shares),
-        figsize=(4.2 * len(shares), 2.4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    look: dict[str, Any] = {"figsize": (4.2 * len(shares), 2.4), "layout": "constrained"}
+    fig, axes = plt.subplots(1, len(shares), sharey=True, squeeze=False, **look)
     for ax, share in zip(axes[0], shares):
         rows = table[table["share"] == share].iloc[::-1]
         ax.axvline(whole, color="black", linewidth=1, linestyle="--")
