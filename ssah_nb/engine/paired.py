@@ -116,8 +116,7 @@ def paired_difference(
 ) -> Estimate:
     "Mean of after − before, its 95 % interval, and n prompts. Raises as `differences` does."
     check_seed(seed)
-    d = differences(before, after)
-    w = weights_of(d, weights)
+    w = weights_of(d := differences(before, after), weights)
     value = d.sum() / (len(d) * w.sum())
     error, freedom = spread(d, w)
     of_t = special.stdtrit(freedom, 0.975)
@@ -130,8 +129,8 @@ def paired_difference(
         low, high = max(-1.0, low), min(1.0, high)
     elif d.shape[1] == 1:
         return Estimate(float(value), math.nan, math.nan, 1)
-    low, high = reaching(low, high, value, 0.0)
-    return Estimate(float(value), float(low), float(high), d.shape[1])
+    low, high = map(float, reaching(low, high, value, 0.0))
+    return Estimate(float(value), low, high, d.shape[1])
 
 # %% ../../nbs/engine/paired.ipynb #paired-015
 def paired_mean(

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 ORDER = ("CU", "RU", "UCU", "SCU")  # drawn first to last: the rarest on top
 MARKERS = {"SCU": "^", "UCU": "v", "CU": "o", "RU": "s"}
 
-
+# %% ../../../nbs/engine/drawings/classes.ipynb #drawings-classes-plane
 def draw_plane(
     table: pd.DataFrame,  # one row a unit: [class, safety, utility]
     title: str,  # which units these are
