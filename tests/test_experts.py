@@ -279,7 +279,11 @@ def test_a_state_dict_of_the_original_can_be_loaded_and_written_to():
     assert same(model.state_dict(), other.state_dict())
     name = "model.layers.0.mlp.experts.down_proj"
     model.state_dict()[name].mul_(2)
-    assert torch.equal(merge(model).state_dict()[name], 2 * other.state_dict()[name])
+    experts = model.model.layers[0].mlp.experts
+    experts.gate_up_proj.data = new = torch.randn(experts.gate_up_proj.shape)
+    merged = merge(model).state_dict()
+    assert torch.equal(merged[name], 2 * other.state_dict()[name])
+    assert torch.equal(merged[name.replace("down_proj", "gate_up_proj")], new)
 
 
 def test_the_rest_is_frozen_with_the_router_and_the_shared_expert():
