@@ -14,6 +14,7 @@ def trained(case):
     losses = [[float(x), 4] for x in 8 + chosen.random(10)]
     outcomes = {
         "harmful": yes,
+        "coherent": [place % 3 > 0 for place in range(40)],
         "benign": [False] * 40,
         "harmful_margin": chosen.random(40).tolist(),
     }

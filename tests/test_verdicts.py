@@ -30,6 +30,9 @@ def test_the_table_by_hand(table):
     }
     assert rows.attack_success.to_dict() == pytest.approx(yes)
     assert rows.against_full["replay"] == pytest.approx(yes["replay"] - yes["full"])
+    first, second = (trained(Case("full", o))["outcomes"]["harmful"] for o in (1, 2))
+    both = [row[i] and i % 3 > 0 for row in (first, second) for i in range(40)]
+    assert rows.not_refused_and_coherent["full"] == pytest.approx(sum(both) / 80)
     assert rows.safety_change.to_dict() == pytest.approx(yes)
     worst = max(np.mean(trained(Case("full", o))["outcomes"]["harmful"]) for o in (1, 2))
     assert rows.worst_order["full"] == pytest.approx(worst)

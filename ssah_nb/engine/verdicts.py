@@ -83,11 +83,14 @@ AGAINST_START = {  # column -> outcome, against the aligned model
 
 # %% ../../nbs/engine/verdicts.ipynb #f0527d54
 def mean_columns(cases: Cases) -> dict[str, float]:
-    "Each of `MEANS` with its interval."
+    "Each of `MEANS`, and not_refused_and_coherent, with its interval."
     row: dict[str, float] = {}
     for column, outcome in MEANS.items():
         if len(cases[0]["outcomes"].get(outcome, [])):
             row |= measured(paired_mean, stacked(cases, outcome)).columns(column)
+    if "coherent" in row:
+        both = stacked(cases, "harmful") & stacked(cases, "coherent")
+        row |= paired_mean(both).columns("not_refused_and_coherent")
     return row
 
 # %% ../../nbs/engine/verdicts.ipynb #46619ed7
