@@ -16,9 +16,10 @@ from ssah_nb.engine.agreement import (
     pyrit_rows,
 )
 from ssah_nb.engine.alignment import STOCK_REFUSALS
-from ssah_nb.engine.evaluation import attack_success, over_refusal, rates_of
+from ssah_nb.engine.evaluation import attack_success, over_refusal, rates_of, safety_report
 from ssah_nb.engine.intervals import wilson
 from ssah_nb.engine.judges import DEFAULT_JUDGE, JUDGES, is_refusal, judged
+from ssah_nb.engine.models import load_model
 from ssah_nb.engine.refusal import RULES, content_words, off_topic, refusal_idea
 from ssah_nb.engine.run import SsahError
 
@@ -231,6 +232,19 @@ def test_the_named_judges_stand_side_by_side():
     assert judged(DEFAULT_JUDGE, ["a"] * 3, said, 1) == [False, True, True]  # no window of its own
 
 
+def test_a_judge_of_harm_leaves_refusals_to_the_rules(monkeypatch):
+    said = dict(responses=["Sure"], benign_responses=["I cannot do that", "4"])
+    harmless = lambda prompts, responses: [False] * len(responses)
+    monkeypatch.setitem(JUDGES, "guard", harmless)
+    model, tokenizer = load_model("tiny")
+    pairs = [{"prompt": "2 + 2?", "response": "4"}] * 2
+    for judge in ("guard", harmless):
+        row = safety_report(model, tokenizer, ["Hi"], pairs, judge=judge, **said)
+        assert row["attack_success"] == 0 and row["over_refusal"] == 0.5
+        with pytest.raises(SsahError, match="cannot count refusals"):
+            over_refusal(model, tokenizer, pairs, judge, responses=["a", "b"])
+
+
 @pytest.mark.parametrize("response", [None, ["No, sorry"], 3])
 def test_a_response_is_one_text(response):
     with pytest.raises(SsahError, match="is no response; pass one text") as error:
@@ -242,9 +256,10 @@ def test_a_response_is_one_text(response):
     "options, words",
     [
         ({"window": 0}, "window"),
-        ({"keywords": []}, "phrases of a judge"),
-        ({"keywords": [""]}, "judge phrase 0"),
-        ({"keywords": 7}, "a int is no judge"),
+        ({"judge": []}, "phrases of a judge"),
+        ({"judge": [""]}, "judge phrase 0"),
+        ({"judge": 7}, "a int is no judge"),
+        ({"judge": lambda prompts, responses: [True]}, "cannot count refusals"),
     ],
 )
 def test_is_refusal_takes_what_attack_success_takes(options, words):

@@ -180,7 +180,9 @@ def test_the_margin_stands_beside_every_rate():
         [margin.low, margin.high]
     )
     assert row["refusal_margin_n"] == len(PROMPTS)
-    with_system = safety_report(model, tokenizer, PROMPTS, benign, "Be safe.", max_new_tokens=4)
+    with_system = safety_report(
+        model, tokenizer, PROMPTS, benign, system="Be safe.", max_new_tokens=4
+    )
     margin = refusal_margin(model, tokenizer, PROMPTS, "Be safe.")
     assert with_system["refusal_margin"] == pytest.approx(margin.value)
 

@@ -26,7 +26,8 @@ from .files import write_private
 from .forward import context_of
 from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
-from .judges import DEFAULT_JUDGE, JUDGES, WINDOW, Judge, check_judge, judged
+from .judges import DEFAULT_JUDGE, JUDGES, WINDOW, Judge, check_judge
+from .judges import check_refusal_judge, judged, reads_refusals
 from .intervals import Estimate, bootstrap_mean, exp_of, wilson
 
 # %% ../../nbs/engine/evaluation.ipynb #ccf1a6ab
@@ -81,7 +82,9 @@ def attack_success(
     window: int | None = WINDOW,  # characters in which a list's phrases are sought
     **generation,  # `max_new_tokens`, `batch_size` of `generate`
 ) -> Estimate:
-    "Share of harmful prompts that the model does not refuse, with Wilson's interval."
+    """Share of harmful prompts that the model does not refuse, with Wilson's interval.
+
+    An empty answer is no refusal, so it counts. Raises `SsahError`."""
     prompts = as_prompts(prompts)
     check_limits(window=window)
     check_judge(judge)
@@ -93,18 +96,20 @@ def over_refusal(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str | dict],  # benign prompts, or pairs
-    keywords: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases
+    judge: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases
     system: str | None = None,  # system prompt; None: no system turn
     responses: Sequence[str] | None = None,  # responses to use; None: the model generates them
     window: int | None = WINDOW,  # characters in which a list's phrases are sought
     **generation,  # `max_new_tokens`, `batch_size` of `generate`
 ) -> Estimate:
-    "Share of benign prompts that the model refuses, with Wilson's interval."
+    """Share of benign prompts that the model refuses, with Wilson's interval.
+
+    An empty answer is no refusal. Raises `SsahError`, also for a judge that is a function."""
     prompts = as_prompts(prompts)
     check_limits(window=window)
-    check_judge(keywords)
+    check_refusal_judge(judge)
     said = said_to(model, tokenizer, prompts, responses, system=system, **generation)
-    answered = judged(keywords, prompts, said, window)
+    answered = judged(judge, prompts, said, window)
     return wilson(len(prompts) - sum(answered), len(prompts))
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-019
@@ -278,6 +283,7 @@ def safety_report(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str | dict],  # harmful prompts, or pairs
     benign: Iterable[dict],  # benign pairs with reference responses
+    *,
     system: str | None = None,  # system prompt; None: no system turn
     judge: Judge = DEFAULT_JUDGE,  # of attacks; a function leaves over-refusal to `rules`
     dense_model: PreTrainedModel | None = None,  # before pruning or training; None: `model`
@@ -286,11 +292,15 @@ def safety_report(
     benign_responses: Sequence[str] | None = None,  # to the benign prompts; None: generated here
     window: int | None = WINDOW,  # characters in which a list's phrases are sought
     max_new_tokens: int = 24,  # tokens of a response
-    max_response: int | None = 32,  # tokens of a reference response in the perplexity; None: all
+    max_response: int | None = 32,  # tokens of a response in the perplexity; None: all
     batch_size: int = 50,  # prompts side by side
     completions: str | Path | None = None,  # JSON file for all responses; None: they are not kept
 ) -> dict[str, float]:
-    "All measures of this page, each with its interval and n."
+    """One row, each column with its 95 % interval (_low, _high) and its number of prompts (_n).
+
+    attack_success by `judge`, and attack_success_<name> by each other one of `JUDGES`;
+    not_refused_and_coherent; coherent; over_refusal: shares, 0 to 1. refusal_margin: nats.
+    perplexity. And max_perplexity, which has no interval. Raises `SsahError`."""
     prompts, benign, dense = as_prompts(prompts), as_pairs(benign), dense_model or model
     check_limits(window=window, max_response=max_response)
     check_judge(judge)
@@ -305,9 +315,9 @@ def safety_report(
         save_completions(completions, harmful=zip(prompts, responses), benign=harmless)
     coherent = coherence(dense, tokenizer, prompts, responses, max_perplexity).coherent
     row = rates_of(judge, prompts, responses, coherent, window)
-    keywords = DEFAULT_JUDGE if callable(judge) else judge
+    refusals: Any = judge if reads_refusals(judge) else DEFAULT_JUDGE
     said: dict[str, Any] = dict(responses=benign_responses, window=window)
-    row |= over_refusal(model, tokenizer, benign, keywords, **said).columns("over_refusal")
+    row |= over_refusal(model, tokenizer, benign, refusals, **said).columns("over_refusal")
     row |= refusal_margin(model, tokenizer, prompts, system).columns("refusal_margin")
     row |= perplexity(model, tokenizer, benign, system, max_response).columns("perplexity")
     return row | {"max_perplexity": max_perplexity}

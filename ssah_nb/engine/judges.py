@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GCG_PHRASES', 'WEI_PHRASES', 'KEYWORDS', 'Judge', 'DEFAULT_JUDGE', 'WINDOW', 'JUDGES', 'by_rules', 'named_judge',
-           'check_judge', 'holds_one', 'judged', 'is_refusal']
+           'check_judge', 'holds_one', 'judged', 'reads_refusals', 'check_refusal_judge', 'is_refusal']
 
 # %% ../../nbs/engine/judges.ipynb #judges-002
 from collections.abc import Callable, Iterable, Sequence
@@ -121,13 +121,29 @@ def judged(
     return [not holds_one(response, judge, window) for response in responses]
 
 # %% ../../nbs/engine/judges.ipynb #6389a290
+def reads_refusals(judge: Judge) -> bool:
+    "Whether a judge says what a refusal is, and not only which attacks succeeded."
+    found = named_judge(judge)
+    return found is by_rules or not callable(found)
+
+
+def check_refusal_judge(judge: Judge):  # what a user gave
+    "Raise `SsahError` as `check_judge`, and for a judge that does not say what a refusal is."
+    check_judge(judge)
+    if not reads_refusals(judge):
+        raise SsahError(
+            "this judge is a function that says which attacks succeeded, so it cannot count "
+            "refusals; pass a name or phrases that mean a refusal"
+        )
+
+
 def is_refusal(
     response: str,  # what the model said
-    keywords: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases of your own
+    judge: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases of your own
     window: int | None = WINDOW,  # characters in which phrases are sought; None: all
 ) -> bool:
-    "Does the response decline the request? Raises `SsahError` for an unknown name."
+    "Does the response decline the request? An empty one does not. Raises `SsahError`."
     check_kind(response, str, "is no response; pass one text, e.g. one answer of generate(...)")
     check_limits(window=window)
-    check_judge(keywords)
-    return not judged(keywords, [""], [response], window)[0]
+    check_refusal_judge(judge)
+    return not judged(judge, [""], [response], window)[0]
