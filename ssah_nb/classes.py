@@ -19,6 +19,7 @@ from .engine.cutting import kept_units, one_width
 from .engine.cutting import tell_width, whole_model
 from .engine.experts import experts_off, refuse_experts
 from .engine.forward import copied
+from .engine.hub import place_of
 from .engine.inputs import as_rows
 from .engine.intervals import Estimate
 from .engine.limits import check_amounts, check_kind, check_shares
@@ -216,7 +217,7 @@ def search_scu(
     utility: Importance,  # on (benign prompt, response)
     ratios: Iterable[float],  # shares to try, from high to low
     measure: Callable[[UnitMask], tuple[Estimate, Estimate]],  # -> attack success, perplexity
-    max_perplexity_ratio: float = 1.17,  # times the dense perplexity; up to here it is steady
+    max_perplexity_ratio: float = 1.18,  # times the dense perplexity; up to here it is steady
     **classify_options,  # ucu, ru, ratio_of, square_attention
 ) -> tuple[float, pd.DataFrame]:
     "The chosen ratio, and what was measured: one row a ratio, the dense model first."
@@ -292,12 +293,17 @@ def prune(
 
 # %% ../nbs/04_classes.ipynb #04-classes-079
 def load_pruned(
-    folder: str | Path,  # where a pruned model's save_pretrained wrote
-    dtype: str | torch.dtype = "float32",  # of the weights; "auto": bfloat16 on CUDA
-    device: str = "cpu",  # as of `load_model`
+    name: str | Path,  # a folder or hub id, where a pruned model's save_pretrained wrote
+    dtype: str | torch.dtype = "auto",  # "auto": bfloat16 on CUDA, float32 on the CPU
+    device: str = "auto",  # "auto": CUDA if there, else the CPU
+    revision: str | None = None,  # revision of a hub model
+    token: str | None = None,  # of the hub; None: the one of `hf auth login`
 ) -> PreTrainedModel:
-    "A model that `prune` made. Raises `SsahError` when the folder holds something else."
+    """A model that `prune` made. Raises `SsahError` when there is something else.
+
+    `AutoTokenizer` reads its tokenizer from the same place, if one was saved there."""
     where = pick_device(device)
+    folder = place_of(name, ["*.json", "*.safetensors"], revision, token)
     model = whole_model(folder, "ssah_kept", pick_dtype(dtype, where))
     modules = depth_two(model)
     kept = kept_units(model.config.ssah_kept, modules, folder)

@@ -107,8 +107,8 @@ def test_refusals_and_long_prompts_leave_the_benign_data():
         ({"harmful_test": 1}, "harmful_evaluate"),
         ({"harmful_evaluate": -1}, "-1"),
         ({"harmful_evaluate": 0.5}, "0.5"),
-        ({}, "only 40 are left"),
-        (TOY_SIZES | {"harmful_align": 13}, "harmful align wants 1 rows, only 0 are left"),
+        ({}, "only 40 are left; give more rows, or lower harmful_evaluate or harmful_attribute"),
+        (TOY_SIZES | {"harmful_align": 13}, "harmful_align wants 1 rows, only 0 are left"),
     ],
 )
 def test_bad_sizes(sizes, words):
@@ -121,6 +121,8 @@ def test_splits_survive_a_file_and_are_checked_when_read(tmp_path):
     splits = make_splits(toy_harmful(), toy_benign(), sizes=TOY_SIZES)
     splits.save(tmp_path / "splits.json")
     assert Splits.load(tmp_path / "splits.json") == splits
+    assert ("harmful", "align") in splits and ("harmful", "attack") not in splits
+    assert set(splits) == set(splits.pairs) and len(splits) == len(splits.pairs)
     with pytest.raises(SsahError, match="unknown split"):
         splits["harmful", "attack"]
     spoilt = json.loads((tmp_path / "splits.json").read_text())

@@ -57,10 +57,11 @@ def test_the_rows_of_a_unit_feed_its_channels_and_no_others(architecture, groups
 def test_the_parameters_of_all_units_are_those_of_the_depth_two_modules(architecture):
     model, size = tiny_model(architecture), unit_parameters(tiny_model(architecture))
     for kind, modules in depth_two(model).items():
-        names = {name for m in modules for name, _ in m.a + m.shared} | {m.b for m in modules}
-        assert sum(m.units * size[kind] for m in modules) == sum(
-            model.get_submodule(n).weight.numel() for n in names
-        )
+        into = {name for m in modules for name, _ in m.a + m.shared}
+        weights = [f"{name}.weight" for name in into | {m.b for m in modules}]
+        biases = [f"{name}.bias" for name in into]  # those of B belong to no unit
+        held = [p for n, p in model.named_parameters() if n in weights + biases]
+        assert sum(m.units * size[kind] for m in modules) == sum(p.numel() for p in held)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ def with_adapter(
     try:
         from peft import LoraConfig, TaskType, get_peft_model  # here, because it is optional
     except ImportError:
-        raise SsahError("a LoRA adapter needs peft; pip install 'ssah_nb[train]'") from None
+        raise SsahError(
+            "a LoRA adapter needs peft: in the checkout, pip install '.[train]'"
+        ) from None
     usual = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
     with all_or_none(model), DRAWING, torch.random.fork_rng():
         torch.manual_seed(int(seed))
@@ -149,7 +151,8 @@ def project_updates(
     for name in linears:
         stages = (model, aligned, unaligned)
         after, before, first = (plain_linear(stage, name).weight for stage in stages)
-        v, update = before.float() - first.float(), after.float() - before.float()
+        v = before.float() - first.to(before.device).float()
+        update = after.float() - before.float()
         projected = v @ (v.t() @ update) / v.norm().clamp(min=1e-12)
         if torch.cosine_similarity(projected.flatten(), update.flatten(), dim=0) <= threshold:
             after.copy_(before.float() + projected)

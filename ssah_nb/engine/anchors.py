@@ -10,6 +10,7 @@ __all__ = ['STEPPED', 'STEPPING', 'OPTIONS', 'turn', 'without_dropout', 'listeni
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-002
 import gc
+import os
 import random
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel, TrainerCallback
 
 from .batches import TokenBatch, run_blocks, token_batches
-from .forward import context_of, own_forward
+from .forward import config_of, context_of, own_forward
 from .generation import evaluating
 from .limits import check_seed, is_finite, is_whole
 from .origin import weights_hash
@@ -191,7 +192,7 @@ def check_untrained(model: nn.Module):
 def shape_of(model: PreTrainedModel) -> dict:  # a causal language model, PEFT-wrapped or not
     "What two models must share for the anchor of one to hold the other. Raises `SsahError`."
     refuse_sharded(model, "an anchor")
-    config = model.config.get_text_config()
+    config = config_of(model)
     names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     return {name: getattr(config, name, None) for name in names}
 
@@ -293,7 +294,8 @@ def check_trainer(
     "Raise `SsahError` for a training that this anchor cannot join."
     if args.fp16:
         raise SsahError("an anchor cannot join training in float16; use bf16=True")
-    if args.deepspeed or args.fsdp:
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if args.deepspeed or args.fsdp or launched or getattr(args, "deepspeed_plugin", None):
         raise SsahError(
             "an anchor needs whole weights, and DeepSpeed or FSDP shards them; "
             "train with several processes without sharding (DDP)"

@@ -122,7 +122,7 @@ CACHE_IS_WRONG = "remove the folder 'members' of the cache and run again"
 def rows_of(known: Source, source: str, path: str | Path | None) -> "list[dict] | Dataset":
     "The rows of a source, from where the caller says."
     if path is not None:
-        return read_rows(Path(path), header=not known.hub_files.endswith(".csv"))
+        return read_rows(path, header=not known.hub_files.endswith(".csv"))
     if source == "hub":
         return hub_rows(known)
     if source == "wheel":
@@ -141,13 +141,15 @@ def all_pairs(known: Source, source: str = "wheel", path: str | Path | None = No
 # %% ../../nbs/engine/data.ipynb #eca091be
 def load_pairs(
     name: str,  # a key of SOURCES
-    split: str | None = None,  # one of the source's splits; None: all rows
+    split: str | None = None,  # of this source alone, not of a run; None: all rows
     source: str = "wheel",  # "wheel" (package index) or "hub"
     path: str | Path | None = None,  # a .csv, .json or .jsonl file with the source's columns
     seed: int = 0,  # of the splits
 ) -> list[dict]:
     """{"prompt", "response"} rows; the response is "" where the source has none.
 
+    A `split` shares prompts with other splits of `embedded_splits()`, on which
+    `load_model("aligned")` was trained: evaluate that model on `embedded_splits()`.
     Raises `SsahError` for an unknown name, split or source, or when the data cannot be had."""
     known = find_source(name)
     if split is not None and split not in known.splits:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'virtual_tokens', 'embedded_tokens', 'rotary_kinds', 'rotary_switches', 'reset_rotaries', 'check_causal',
-           'has_recurrent_state', 'needs_equal_prompts', 'sharing', 'context_of', 'hooked_head', 'head_sees',
-           'chosen_logits', 'own_forward', 'held_by', 'home_of', 'runs_one_of', 'copied']
+           'has_recurrent_state', 'needs_equal_prompts', 'sharing', 'config_of', 'context_of', 'hooked_head',
+           'head_sees', 'chosen_logits', 'own_forward', 'held_by', 'home_of', 'runs_one_of', 'copied']
 
 # %% ../../nbs/engine/forward.ipynb #forward-002
 import copy
@@ -123,9 +123,19 @@ def sharing(
     return lambda tokens: tuple(side(kind, switch, tokens) for kind, switch in switches)
 
 # %% ../../nbs/engine/forward.ipynb #1aacddf6
+def config_of(model: PreTrainedModel) -> Any:  # PEFT-wrapped or not
+    "Its configuration of the text model. Raises `SsahError` for a wrapper that has none."
+    if not hasattr(model, "config"):
+        raise SsahError(
+            f"a {type(model).__name__} is no model of transformers; take it out of what wraps it, "
+            "e.g. model.module, or accelerator.unwrap_model(model)"
+        )
+    return model.config.get_text_config()
+
+
 def context_of(model: PreTrainedModel) -> int | None:
     "The longest sequence that the model takes, in tokens; None when it does not say."
-    config = model.config.get_text_config()
+    config = config_of(model)
     longest = getattr(config, "max_position_embeddings", None)
     if any("dynamic" in kind for kind, _ in rotary_switches(model)):
         longest = int(longest * config.rope_parameters.get("factor", 1))  # it stretches that far

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .batches import evaluation_mode
 from .chat import encode_pairs, encode_prompts, end_of_turn, spoken_answers
-from .forward import context_of, reset_rotaries, sharing
+from .forward import config_of, context_of, reset_rotaries, sharing
 from .inputs import as_prompts
 from .limits import check_counts
 from .models import is_mixed
@@ -42,6 +42,7 @@ def stop_ids(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
 ) -> list[int]:
     "The tokens that end a response: end of text and end of turn."
+    config_of(model)  # refuses a wrapper
     configured = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     turn = tokenizer(end_of_turn(tokenizer), add_special_tokens=False).input_ids

@@ -22,6 +22,7 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers import PreTrainedModel
 
 from .figures import table_text
+from .files import as_path
 from .opening import is_there, read_bytes, reason
 from .origin import check_base, named_base
 from .run import SsahError, progress_shown
@@ -117,7 +118,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # %% ../../nbs/engine/hub.ipynb #489f7cfc
 def place_of(
     name: str | Path,  # a folder, or "owner/name"
-    kept_as: str,  # name of the two files
+    files: list[str],  # which files of a repository are wanted, e.g. "*.json"
     revision: str | None,  # of the repository
     token: str | None,  # of the hub
 ) -> Path:
@@ -127,8 +128,7 @@ def place_of(
     if isinstance(name, Path) or is_there(name) or not HUB_NAME.fullmatch(name):
         if revision:
             raise SsahError(f"{name} is a folder and has no revision={revision!r}; leave that out")
-        return Path(name)
-    files = [f"{kept_as}.json", f"{kept_as}.safetensors"]
+        return as_path(name)
     if not progress_shown():
         disable_progress_bars()
     try:
@@ -201,7 +201,7 @@ class Saved(Described):
         tensors, info = self.to_files()
         info = {"kind": self.called, "format": FORMAT} | info
         beside: dict[str, bytes] = {}
-        folder = Path(folder)
+        folder = as_path(folder)
         if may_write_card(folder / "README.md"):
             text, beside = self.shown()
             card = card_of(self.called, self.kept_as, info, text, self.hidden)
@@ -221,7 +221,8 @@ def read_files(
     where: str,  # what is read, for errors
 ) -> tuple[dict[str, torch.Tensor], dict]:
     "Tensors and facts, as `to_files` gave them. Raises `SsahError`."
-    place = place_of(folder, kind.kept_as, revision, token)
+    files = [f"{kind.kept_as}.json", f"{kind.kept_as}.safetensors"]
+    place = place_of(folder, files, revision, token)
     missing = missing_from(folder, place, kind.kept_as, kind.called)
     check = partial(check_kind, called=kind.called, where=where)
     tensors, info = load_tensors(place, kind.kept_as, missing, kind.needs, check)
@@ -282,15 +283,16 @@ class Shared(Loaded):
 
     def push_to_hub(
         self,
-        name: str,  # "owner/name", a repository of the hub; made when it is not there
+        repo_id: str,  # "owner/name", a repository of the hub; made when it is not there
+        commit_message: str | None = None,  # None: "Upload ", and what it is
         private: bool | None = None,  # whether a new repository is seen by its owner only
         revision: str | None = None,  # branch; None: main
         token: str | None = None,  # of the hub; None: the one of `hf auth login`
     ) -> str:
         "Upload what `save_pretrained` writes. The address of the commit. Raises `SsahError`."
-        if not isinstance(name, str) or not HUB_NAME.fullmatch(name):
-            raise SsahError(f"{name!r} is no name of a hub repository; write it as 'owner/name'")
+        if not isinstance(repo_id, str) or not HUB_NAME.fullmatch(repo_id):
+            raise SsahError(f"{repo_id!r} is no name of a hub repository; write it as 'owner/name'")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            words = f"Upload {self.called}"
-            return upload(folder, name, words, private, revision, token)
+            words = commit_message or f"Upload {self.called}"
+            return upload(folder, repo_id, words, private, revision, token)

@@ -108,7 +108,7 @@ def check_order(given, what: str):  # what: what they are, for the error
         raise SsahError(f"a set of {what} has no order; pass a list")
     if isinstance(given, (io.IOBase, Path)):
         raise SsahError(
-            f"a file was given where a list of {what} is needed; read it, load_pairs does"
+            f"a file was given where a list of {what} is needed; read it, e.g. pandas.read_csv(...)"
         )
     if not isinstance(given, Iterable):
         kind = type(given).__name__

@@ -63,7 +63,10 @@ def check_shares(**named: float):  # each from 0 to 1
 
 # %% ../../nbs/engine/limits.ipynb #5c1e0a92
 WORDS = {  # parameter of a chapter -> what it may name
-    "controls": ("random", "random, layer-matched", "random, RU-sized", "largest norm"),
+    "controls": (
+        *("random", "random, layer-matched", "largest norm"),
+        *("random, RU-sized", "random, UCU-sized"),
+    ),
     "held": (
         *("full", "frozen", "answers", "scu", "scu_top_cu", "ucu"),
         *("random", "random_per_layer", "all"),

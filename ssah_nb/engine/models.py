@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHATML', 'ARCHITECTURES', 'MIXTURES', 'TINY_SIZES', 'TINY_EXPERTS', 'EMBEDDED', 'OF_A_MODEL', 'tiny_tokenizer',
            'tiny_model', 'hush', 'dequantized', 'read_gguf', 'load_gguf', 'read_pretrained', 'load_pretrained',
-           'check_finite', 'load_named', 'load_model', 'put_back', 'replace_folder', 'check_merged',
+           'check_finite', 'load_named', 'check_revision', 'load_model', 'put_back', 'replace_folder', 'check_merged',
            'check_replaceable', 'save_model', 'given_stage', 'stage_name', 'load_stage', 'is_mixed']
 
 # %% ../../nbs/engine/models.ipynb #models-002
@@ -26,7 +26,7 @@ from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 from .checkpoints import check_claims, check_folder, check_gguf, check_whole
-from .files import left_behind, part_of, remove_parts
+from .files import as_path, left_behind, part_of, remove_parts
 from .opening import is_there, read_json, reason
 
 # %% ../../nbs/engine/models.ipynb #cf7f030c
@@ -230,6 +230,13 @@ def load_named(
     return load_pretrained(name, dtype, spread, revision)
 
 # %% ../../nbs/engine/models.ipynb #a50f8504
+def check_revision(name: str | Path, revision: str | None):
+    "Raise `SsahError` for a revision of something that is not on the hub."
+    here = name in ("embedded", "aligned", "tiny") or Path(name).suffix == ".gguf"
+    if revision and (here or Path(name).exists()):
+        raise SsahError(f"{name} is not on the hub and has no revision={revision!r}; leave it out")
+
+
 def load_model(
     name: str | Path = "embedded",  # "embedded", "aligned", "tiny", a hub id, folder or .gguf file
     dtype: str | torch.dtype = "auto",  # "auto": bfloat16 on CUDA, float32 on the CPU
@@ -238,6 +245,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A chat model in evaluation mode, and its tokenizer. Raises `SsahError` for a broken model."
     check_kind(name, str | Path, "names no model; give a hub id, a folder or a .gguf file")
+    name = as_path(name) if str(name).startswith("~") else name
+    check_revision(name, revision)
     hush()
     spread = device == "spread"
     where = pick_device("auto" if spread else device)
@@ -309,7 +318,7 @@ def save_model(
     folder: str | Path,  # where `load_model` will find it; a model that is there is replaced
 ) -> Path:
     "All or nothing. Raises `SsahError` for an adapter, other things in the folder, a full disk."
-    folder, place = Path(folder), Path(folder).absolute()
+    folder, place = as_path(folder), as_path(folder).absolute()
     work = part_of(place)
     check_merged(model)
     try:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .batches import TokenBatch
+from .forward import config_of
 from .run import SsahError
 
 # %% ../../nbs/engine/origin.ipynb #origin-005
@@ -36,7 +37,8 @@ def sample(weight: torch.Tensor) -> bytes:  # of any shape
 def weights_hash(model: nn.Module) -> str | None:  # any model
     "A digest of its weights, the same in float32 and bfloat16; None where they are elsewhere."
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    weights = {name.replace("_orig_mod.", ""): w for name, w in model.state_dict().items()}
+    for name, weight in sorted(weights.items()):  # torch.compile adds that prefix
         if not isinstance(weight, torch.Tensor):
             continue
         if weight.is_meta or hasattr(weight, "full_tensor"):
@@ -82,12 +84,12 @@ def versions_here() -> dict[str, str]:
 
 def base_of(model: PreTrainedModel) -> dict:
     "Which model this is: its hub id and revision, its architecture, the hash of its weights."
-    config = model.config
+    text, config = config_of(model), model.config
     revision = getattr(config, "_commit_hash", None)
     return {
         "id": getattr(config, "_name_or_path", None) if revision else None,
         "revision": revision,
-        "architecture": config.get_text_config().model_type,
+        "architecture": text.model_type,
         "weights": weights_hash(model),
     }
 
@@ -115,7 +117,8 @@ def way_out(base: dict, mine: dict) -> str:  # from `base_of`: what is wanted, w
     if mine["weights"] == base["weights"]:
         return ""
     differs = "the model is meant to differ, as one that was fine-tuned or has an adapter"
-    return f"load that revision, or leave model out if {differs}"
+    rounded = "load it in bfloat16 or float32, since float16 rounds otherwise"
+    return f"load that revision, {rounded}, or leave model out if {differs}"
 
 # %% ../../nbs/engine/origin.ipynb #bb521a64
 def check_base(

@@ -13,19 +13,17 @@ import random
 import torch
 import torch.nn.functional as F
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .alignment import STOCK_REFUSALS
 from .inputs import as_pairs, as_preferences, as_responses
 from .limits import check_counts, check_limits, check_seed
-from .models import is_mixed
 from .run import SsahError
 from .states import check_in_memory, check_values
 from .batches import TokenBatch, evaluation_mode, response_losses, token_batches
 from .chat import encode_pairs
 from .forward import context_of
-from .training import check_training, mixed_precision, optimize
-from .training import training_batches
+from .training import check_training, optimize, products_of, training_batches
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-005
 def preferences(
@@ -69,12 +67,13 @@ def encode_preferences(
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
     rows: list[dict],  # from `preferences`
     max_response: int | None,  # tokens kept of each answer
+    system: str | None = None,  # system prompt; None: no system turn
 ) -> Answers:
     "The rows as token ids."
 
     def encoded(key):
         pairs = [{"prompt": row["prompt"], "response": row[key]} for row in rows]
-        return encode_pairs(tokenizer, pairs, None, max_response, context_of(model))
+        return encode_pairs(tokenizer, pairs, system, max_response, context_of(model))
 
     return {key: encoded(key) for key in ("chosen", "rejected")}
 
@@ -116,8 +115,8 @@ def all_margins(
 ) -> torch.Tensor:
     "log p(chosen) − log p(rejected) of each row, [rows], nats."
     check_in_memory(model)
-    mixed, found = is_mixed(model) if mixed is None else mixed, dict[int, torch.Tensor]()
-    with evaluation_mode(model), mixed_precision(model) if mixed else nullcontext():
+    found = dict[int, torch.Tensor]()
+    with evaluation_mode(model), products_of(model, mixed):
         for batch in preference_batches(answers, 16, random.Random(0)):
             parts = answer_log_probabilities(model, answers, batch, max_tokens)
             for rows, (chosen, rejected) in parts:
@@ -134,11 +133,12 @@ def reference_margins(
     max_response: int | None = None,  # tokens kept of each answer
     max_tokens: int = 1024,  # tokens that are run at once
     mixed: bool | None = None,  # as in `finetune`
+    system: str | None = None,  # system prompt; None: no system turn
 ) -> torch.Tensor:
     "log p(chosen) − log p(rejected) of each row under the reference, [rows], nats."
     check_counts(max_tokens=max_tokens)
     check_limits(max_response=max_response)
-    answers = encode_preferences(model, tokenizer, as_preferences(rows), max_response)
+    answers = encode_preferences(model, tokenizer, as_preferences(rows), max_response, system)
     return all_margins(model, answers, max_tokens, mixed)
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-008
@@ -195,13 +195,18 @@ def finetune_dpo(
     max_tokens: int = 1024,  # tokens that are run at once
     reference: torch.Tensor | None = None,  # from `reference_margins`; None: `model` as it is now
     mixed: bool | None = None,  # as in `finetune`
+    system: str | None = None,  # system prompt; None: no system turn
+    anchor: Any = None,  # as in `finetune`
 ) -> pd.DataFrame:
-    "Train with the DPO loss, nats per row. Raises `SsahError` as `finetune` does."
+    """Train with the DPO loss. The loss of each step, [step, loss], nats per row.
+
+    `reference` must be of the same rows, with the same max_response, system and chat_options.
+    The rest is as of `finetune`."""
     amounts = {"lr": lr, "beta": beta} | ({"sft_weight": sft_weight} if sft_weight else {})
     check_training(epochs, batch_size, max_tokens, max_response, seed, **amounts)
     rows, order = as_preferences(rows), random.Random(int(seed))
-    answers = encode_preferences(model, tokenizer, rows, max_response)
+    answers = encode_preferences(model, tokenizer, rows, max_response, system)
     margins = margins_before(reference, model, answers, max_tokens, mixed)
     batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)]
     losses = lambda rows: dpo_losses(model, answers, rows, margins, beta, sft_weight, max_tokens)
-    return optimize(model, batches, losses, lr, mixed=mixed, seed=seed)
+    return optimize(model, batches, losses, lr, mixed=mixed, anchor=anchor, seed=seed)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .files import as_path
 from .inputs import CONVERSATIONS, as_rows, first_of, is_message
 from .inputs import is_missing, one_turn
 from .opening import MOST_VALUES, check_crowd, parse_json, parse_yaml
@@ -83,10 +84,11 @@ def checked_rows(parsed) -> list[dict]:  # what a parser gave
 
 # %% ../../nbs/engine/reading.ipynb #45300a7c
 def read_rows(
-    path: Path,  # a .csv, .json, .jsonl, .jsonl.gz, .prompt (YAML) or .txt file
+    path: str | Path,  # a .csv, .json, .jsonl, .jsonl.gz, .prompt (YAML) or .txt file
     header: bool = True,  # False: a .csv file of prompts only, with no line of column names
 ) -> list[dict]:
     "The rows of a file. Raises `SsahError` when it is not there or cannot be read."
+    path = as_path(path)
     ending = path.name.removesuffix(".gz").rpartition(".")[2]
     if ending not in PARSERS:
         raise SsahError(

@@ -39,8 +39,11 @@ if TYPE_CHECKING:
 from .manifest import SOURCES_READ, commit_of, data_behind, sha256_of
 
 # %% ../../nbs/engine/run.ipynb #run-007
-def set_seed(seed: int):  # the same seed gives the same run on the same machine
-    "Seed Python, NumPy and torch, and ask torch for its deterministic kernels."
+def set_seed(seed: int) -> None:  # 0 to 2³² − 1
+    """Seed Python, NumPy and torch, and ask torch for its deterministic kernels.
+
+    The same seed gives the same run on the same machine. It holds for the whole process, and some
+    kernels are slower."""
     check_seed(seed)
     random.seed(int(seed))
     np.random.seed(int(seed))
@@ -116,7 +119,7 @@ def pick_mixed(
     return bool(mixed)
 
 # %% ../../nbs/engine/run.ipynb #run-014
-def show_progress(on: bool):  # False: no bar from here on, here and in child processes
+def show_progress(on: bool) -> None:  # False: no bar from here on, here and in child processes
     "Switch the progress bars on or off."
     os.environ["SSAH_PROGRESS"] = "1" if on else "0"
 

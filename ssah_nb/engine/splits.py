@@ -10,7 +10,7 @@ __all__ = ['SAFETY_PHRASES', 'SIZES', 'TOY_SIZES', 'Pairs', 'without_safety_phra
 # %% ../../nbs/engine/splits.ipynb #splits-002
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -106,6 +106,15 @@ class DisjointPairs:
             raise SsahError(f"unknown split {key!r}; use one of {', '.join(map(str, self.pairs))}")
         return self.pairs[key]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.pairs
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
 # %% ../../nbs/engine/splits.ipynb #6ec41dcc
 def row_of_split(kind: str, split: str, pairs: list[dict]) -> dict:
     "Pairs, different prompts, mean words of prompt and response."
@@ -126,7 +135,7 @@ def row_of_split(kind: str, split: str, pairs: list[dict]) -> dict:
 def pairs_in_file(path: str | Path) -> dict[tuple[str, str], list[dict]]:
     "The splits in a file. Raises `SsahError` for a file of another shape."
     pairs: dict[Any, list] = {}
-    for row in read_rows(Path(path)):
+    for row in read_rows(path):
         key = row.get("kind"), row.get("split")
         if not all(isinstance(part, str) for part in key) or key in pairs or "pairs" not in row:
             raise SsahError(
@@ -176,14 +185,14 @@ def prompt_groups(
 def take(
     groups: list[list[dict]],  # one list per prompt
     rows: int,  # how many pairs are wanted
-    what: str,  # the split's name, for the error
+    *sizes: str,  # keys of SIZES that say so, for the error
 ) -> list[dict]:
     "The first `rows` pairs, first responses before second ones. Raises `SsahError` if too few."
     pairs = [pair for layer in zip_longest(*groups) for pair in layer if pair]
     if len(pairs) < rows:
         raise SsahError(
-            f"split {what} wants {rows} rows, only {len(pairs)} are left; "
-            "give more rows, or lower its size"
+            f"{' + '.join(sizes)} wants {rows} rows, only {len(pairs)} are left; "
+            f"give more rows, or lower {' or '.join(sizes)} (in sizes=)"
         )
     return pairs[:rows]
 
@@ -233,14 +242,15 @@ def harmful_splits(
     "The harmful splits."
     evaluate, attribute = sizes["harmful_evaluate"], sizes["harmful_attribute"]
     lent, lent_second = sizes["align_from_harmful"], sizes["align_from_second"]
-    take(groups, evaluate + attribute, "harmful evaluate + attribute")
+    take(groups, evaluate + attribute, "harmful_evaluate", "harmful_attribute")
     pool = groups[evaluate : evaluate + attribute]
-    align = take(pool, lent, "harmful align") + take(second, lent_second, "harmful align")
-    align += take(further, max(sizes["harmful_align"] - len(align), 0), "harmful align")
+    align = take(pool, lent, "align_from_harmful")
+    align += take(second, lent_second, "align_from_second")
+    align += take(further, max(sizes["harmful_align"] - len(align), 0), "harmful_align")
     splits = {("harmful", "align"): align} if align else {}
     rest = max(attribute - lent, 0)
-    splits["harmful", "attribute"] = take(pool[lent:], rest, "harmful attribute")
-    splits["harmful", "evaluate"] = take(groups[:evaluate], evaluate, "harmful evaluate")
+    splits["harmful", "attribute"] = take(pool[lent:], rest, "harmful_attribute")
+    splits["harmful", "evaluate"] = take(groups[:evaluate], evaluate, "harmful_evaluate")
     if second:
         splits["harmful", "evaluate_second"] = [group[0] for group in second[lent_second:]]
     return splits
@@ -254,9 +264,9 @@ def benign_splits(
     splits, start = {}, 0
     for split in ("evaluate", "attribute", "attack"):
         rows = sizes[f"benign_{split}"]
-        splits["benign", split] = take(groups[start : start + rows], rows, f"benign {split}")
+        splits["benign", split] = take(groups[start : start + rows], rows, f"benign_{split}")
         start += rows
-    splits["benign", "align"] = take(groups[start:], sizes["benign_align"], "benign align")
+    splits["benign", "align"] = take(groups[start:], sizes["benign_align"], "benign_align")
     return splits
 
 # %% ../../nbs/engine/splits.ipynb #splits-016
@@ -296,7 +306,9 @@ def make_splits(
     sizes: dict | None = None,  # rows of each split: overrides of SIZES
     max_words: int = 80,  # words; longer benign prompts are left out, to save CPU time
 ) -> Splits:
-    "The fixed, seeded, disjoint splits of a run. Raises `SsahError` on overlap or too few rows."
+    """The fixed, seeded, disjoint splits of a run. Raises `SsahError` on overlap or too few rows.
+
+    Without `sizes` they take 520 harmful and 1,428 benign rows (`SIZES`)."""
     check_seed(seed)
     check_counts(max_words=max_words)
     splits: Pairs = {}

@@ -99,7 +99,12 @@ def check_in_memory(
     model: nn.Module,  # any model
     train: bool = False,  # True: accelerate's offloading will not do
 ):
-    "Raise `SsahError` when weights are missing that the model would need."
+    "Raise `SsahError` when weights are missing, or where there is no float64 to sum in."
+    if any(p.device.type == "mps" for p in model.parameters()):
+        raise SsahError(
+            "this model is on Apple's MPS, which has no float64 to sum measurements in; move it "
+            "first: model.to('cpu')"
+        )
     refuse_sharded(model, "training" if train else "a measurement")
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if not missing:

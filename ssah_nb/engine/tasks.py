@@ -157,7 +157,7 @@ def check_harness():
         import lm_eval.evaluator  # noqa: F401
         import lm_eval.tasks  # noqa: F401
     except ImportError:
-        raise SsahError("zero-shot tasks need lm-eval; pip install 'ssah_nb[run]'") from None
+        raise SsahError("zero-shot tasks need lm-eval; pip install '.[run]'") from None
 
 
 def ask(

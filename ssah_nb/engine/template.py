@@ -18,6 +18,7 @@ import jinja2
 from jinja2 import meta
 from transformers import PreTrainedTokenizerBase
 
+from .limits import check_kind
 from .opening import reason
 from .run import SsahError
 
@@ -49,7 +50,9 @@ class Chat:
 
 # %% ../../nbs/engine/template.ipynb #template-007
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    "The tokenizer's chat template. Raises `SsahError` when it has none."
+    "The tokenizer's chat template. Raises `SsahError` when it has none, and for no tokenizer."
+    wrong = "is no tokenizer; pass the model's own (of a processor: processor.tokenizer)"
+    check_kind(tokenizer, PreTrainedTokenizerBase, wrong)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from safetensors.torch import save
-from .files import SsahError, write_together
+from .files import SsahError, as_path, write_together
 from .opening import MOST, is_there, read_bytes, read_json, read_tensors
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-seal
@@ -43,7 +43,7 @@ def save_tensors(
     beside: Mapping[str, bytes] | None = None,  # further files of the folder, name -> content
 ) -> Path:
     "Write `name`.safetensors, `name`.json and what stands beside them: all of it, or nothing."
-    folder = Path(folder)
+    folder = as_path(folder)
     packed = save({key: value.contiguous() for key, value in tensors.items()})
     facts = json.loads(json.dumps(info, default=plain_number))
     facts["sha256"] = seal_of(packed, facts)
@@ -131,7 +131,7 @@ def load_tensors(
 
     Raises `SsahError` with `missing` when there are none, and for a file that was cut, spoilt, or
     changed after it was written."""
-    path = Path(folder) / f"{name}.json"
+    path = as_path(folder) / f"{name}.json"
     if not is_there(path):
         raise SsahError(missing)
     info = read_json(path)

@@ -34,7 +34,7 @@ from .forward import context_of
 from .inputs import as_pairs
 from .limits import check_amounts, check_counts, check_limits, check_seed
 from .models import is_mixed
-from .run import SsahError, progress
+from .run import SsahError, pick_mixed, progress
 from .states import check_in_memory
 from .weights import at_least_float32
 
@@ -262,8 +262,8 @@ class Hooks:
 # %% ../../nbs/engine/training.ipynb #f8eb9a84
 def products_of(model: PreTrainedModel, mixed: bool | None):  # None: as the run decided
     "What the products of a training are taken in, for `with`."
-    mixed = is_mixed(model) if mixed is None else mixed
-    return mixed_precision(model) if mixed else nullcontext()
+    chosen = is_mixed(model) if mixed is None else pick_mixed(mixed, model.device)
+    return mixed_precision(model) if chosen else nullcontext()
 
 
 def history_of(losses: list[float], stepper: Stepper, seconds: float) -> pd.DataFrame:
@@ -280,7 +280,7 @@ def optimize(
     lr: float,  # peak learning rate
     after_step: Callable[[], None] | None = None,  # called after each step, e.g. to average weights
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
-    anchor=None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
+    anchor: Any = None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
     before_step: Callable[[Masters], None] | None = None,  # called when the gradients are there
     correct_step: Callable[[Masters], None] | None = None,  # may change what a step has made
     seed: int = 0,  # of dropout
@@ -360,12 +360,15 @@ def finetune(
     max_tokens: int = 1024,  # tokens that are run at once; a larger batch is run in parts
     after_step: Callable[[], None] | None = None,  # called after each step
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
-    anchor=None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
+    anchor: Any = None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
     before_step: Callable[[Masters], None] | None = None,  # as in `optimize`
     correct_step: Callable[[Masters], None] | None = None,  # as in `optimize`
     token_losses: Callable | None = None,  # (losses [tokens], their pairs) -> losses to train on
 ) -> pd.DataFrame:
-    "Train on the response tokens, nats per token. Raises `SsahError` for a bad row or number."
+    """Train on the response tokens. The loss of each step, [step, loss], nats per token.
+
+    Its `attrs` has optimizer_bytes and seconds. The model is in evaluation mode afterwards. Raises
+    `SsahError` for a bad row or number."""
     check_training(epochs, batch_size, max_tokens, max_response, seed, lr=lr)
     encoded = encode_pairs(tokenizer, as_pairs(pairs), system, max_response, context_of(model))
     batches = all_batches(encoded, epochs, batch_size, seed)
