@@ -116,3 +116,32 @@ def test_a_reference_of_other_rows_or_of_no_numbers(tokenizer, margins, words):
     rows = [{"prompt": f"Why {i}?", "chosen": "No.", "rejected": "Yes."} for i in range(2)]
     with pytest.raises(SsahError, match=words):
         finetune_dpo(tiny_model(), tokenizer, rows, reference=torch.tensor(margins))
+
+
+def test_a_system_prompt_stands_before_every_answer(tokenizer):
+    model = tiny_model()
+    margins = reference_margins(model, tokenizer, ROWS[:2], system="Be safe.")
+    chat = lambda row: chat_prompt(tokenizer, row["prompt"], "Be safe.")
+    for row, margin in zip(ROWS, margins):
+        start = tokenizer(chat(row)).input_ids
+        both = []
+        for key in ("chosen", "rejected"):
+            ids = torch.tensor([start + tokenizer(row[key] + "<|im_end|>").input_ids])
+            logs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+            both.append(logs[len(start) - 1 :].sum())
+        assert margin.item() == pytest.approx((both[0] - both[1]).item(), abs=1e-3)
+    history = finetune_dpo(model, tokenizer, ROWS[:2], system="Be safe.")
+    assert history.loss[0] == pytest.approx(math.log(2))
+
+
+def test_an_anchor_joins_each_step(tokenizer):
+    class Anchor:
+        calls = 0
+
+        def loss(self, model):
+            self.calls += 1
+            return model.lm_head.weight.sum()
+
+    anchor, model = Anchor(), tiny_model()
+    finetune_dpo(model, tokenizer, ROWS, epochs=2, batch_size=4, anchor=anchor)
+    assert anchor.calls == 4

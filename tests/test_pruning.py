@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ssah_nb.attribution import importance
 from ssah_nb.classes import load_pruned, prune, pruned
+from ssah_nb.engine import hub
 from ssah_nb.engine.models import ARCHITECTURES, load_model, save_model, tiny_model
 from ssah_nb.engine.run import SsahError
 from ssah_nb.freezing import freeze, merge
@@ -172,6 +173,20 @@ def test_an_unknown_dtype_or_device_of_a_pruned_model_is_named(tmp_path):
         load_pruned(folder, "float8")
     with pytest.raises(SsahError, match="device 'gpu' cannot be used"):
         load_pruned(folder, device="gpu")
+
+
+def test_a_pruned_model_is_read_from_the_hub(tmp_path, monkeypatch):
+    small = prune(tiny_model(), MASKS["random 0"])
+    folder, asked = save_model(small, TOKENIZER, tmp_path / "small"), []
+
+    def snapshot(name, revision, token, allow_patterns):
+        asked.append((name, revision, sorted(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    loaded = load_pruned("owner/small", revision="v1")
+    assert asked == [("owner/small", "v1", ["*.json", "*.safetensors"])]
+    assert torch.equal(loaded(IDS).logits, small(IDS).logits)
 
 
 def test_what_load_pruned_refuses(tmp_path):

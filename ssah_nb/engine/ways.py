@@ -241,10 +241,9 @@ def lora(case: Case, model: PreTrainedModel) -> dict:
 
 def check_same_linears(model: nn.Module, unaligned: nn.Module, names: list[str]):
     "Raise `SsahError` unless the model before alignment has these linears in the same shapes."
-    there = dict(unaligned.named_parameters())
-    for name in names:
-        other = there.get(f"{name}.weight")
-        if other is None or other.shape != model.get_parameter(f"{name}.weight").shape:
+    own, there = dict(model.named_parameters()), dict(unaligned.named_parameters())
+    for name in (f"{name}.weight" for name in names if f"{name}.weight" in own):
+        if name not in there or there[name].shape != own[name].shape:
             raise SsahError(
                 f"unaligned has no {name} of the model's shape; pass the model that this one was "
                 "aligned from"
