@@ -13,6 +13,8 @@ from .classes import prune as prune
 from .classes import pruned as pruned
 from .classes import search_scu as search_scu
 from .engine.agreement import judge_table as judge_table
+from .engine.agreement import project_rows as project_rows
+from .engine.agreement import pyrit_rows as pyrit_rows
 from .engine.alignment import STOCK_REFUSALS as STOCK_REFUSALS
 from .engine.alignment import alignment_pairs as alignment_pairs
 from .engine.contrast import contrast_prompts as contrast_prompts
@@ -21,6 +23,7 @@ from .engine.data import embedded_splits as embedded_splits
 from .engine.data import load_pairs as load_pairs
 from .engine.evaluation import attack_success as attack_success
 from .engine.evaluation import coherence as coherence
+from .engine.evaluation import coherence_threshold as coherence_threshold
 from .engine.evaluation import over_refusal as over_refusal
 from .engine.evaluation import perplexity as perplexity
 from .engine.evaluation import safety_report as safety_report
@@ -48,14 +51,17 @@ from .engine.splits import Splits as Splits
 from .engine.splits import make_splits as make_splits
 from .engine.scores import METHODS as METHODS
 from .engine.sources import SOURCES as SOURCES
+from .engine.sources import Source as Source
 from .engine.tasks import zero_shot as zero_shot
 from .engine.template import chat_options as chat_options
 from .engine.training import finetune as finetune
 from .engine.ways import WAYS as WAYS
+from .engine.ways import Way as Way
 from .freezing import finetune_protected as finetune_protected
 from .freezing import freeze as freeze
 from .freezing import merge as merge
 from .probe import probe as probe
+from .probe import probe_margin as probe_margin
 from .transfer import transfer as transfer
 from .units import UnitMap as UnitMap
 from .units import UnitMask as UnitMask

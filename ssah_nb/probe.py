@@ -55,6 +55,7 @@ def prefix_tokens(
     tokenizer: PreTrainedTokenizerBase,  # the model's
     prefixes: dict[str, str],  # name -> text
     length: int,  # tokens of each
+    system: str | None = None,  # system prompt of the queries
 ) -> dict[str, list[int]]:
     "The first tokens of each prefix. Raises `SsahError` for one that is too short."
     if not isinstance(prefixes, dict) or not prefixes:
@@ -62,7 +63,7 @@ def prefix_tokens(
     tokens = {}
     for name, text in prefixes.items():
         said = [{"prompt": "?", "response": text}]
-        [(_, ids)] = encode_pairs(tokenizer, said, max_response=length, closed=False)
+        [(_, ids)] = encode_pairs(tokenizer, said, system, max_response=length, closed=False)
         if len(ids) < length:
             raise SsahError(
                 f"prefix {name!r} has {len(ids)} tokens, fewer than {length}; give a longer text"
@@ -89,13 +90,16 @@ def probe(
     prompts: Iterable[str | dict],  # queries, or pairs whose prompts are the queries
     prefixes: dict[str, str] = PREFIXES,  # name -> text, each of at least max(steps) tokens
     steps: tuple[int, ...] = STEPS,  # how many of its tokens are appended
+    system: str | None = None,  # system prompt; None: no system turn
 ) -> pd.DataFrame:
-    "Distances of q and q + prefix: [query, prefix, tokens, block, distance], blocks from 1."
+    """Distances of q and q + prefix (paper, Fig 2 and 3), one a row. Raises `SsahError`.
+
+    [query, prefix, tokens, block, distance]: blocks from 1; 1 − cosine, 0 to 2."""
     steps = tuple(as_rows(steps, "steps"))
     check_counts(steps=len(steps), **{f"steps[{i}]": step for i, step in enumerate(steps)})
-    queries, found = encode_prompts(tokenizer, as_prompts(prompts)), []
+    queries, found = encode_prompts(tokenizer, as_prompts(prompts), system), []
     check_prompts(model, queries, max(steps))
-    for name, ids in prefix_tokens(tokenizer, prefixes, max(steps)).items():
+    for name, ids in prefix_tokens(tokenizer, prefixes, max(steps), system).items():
         batches = list(token_batches([(query, ids) for query in queries], model=model))
         for batch in progress(batches, f"probing {name}"):
             states = block_states(model, batch)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ssah_nb.engine.chat import chat_prompt
+from ssah_nb.engine.drawings.probe import averages
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 from ssah_nb.probe import probe, probe_margin
@@ -42,6 +43,41 @@ def test_probe_margin_pairs_queries():
     assert margin.margin.tolist() == pytest.approx([0.3, 0.3])
     assert margin.low.tolist() == pytest.approx([0.3, 0.3])
     assert margin.n.tolist() == [5, 5]
+
+
+def test_margins_are_of_the_last_block_or_of_all_tokens():
+    rows = [
+        (q, p, k, b, (p == "malicious") * (10.0 * b + k))
+        for q in range(3)
+        for p in ("benign", "malicious")
+        for k in (2, 4)
+        for b in (1, 2)
+    ]
+    table = pd.DataFrame(rows, columns=["query", "prefix", "tokens", "block", "distance"])
+    assert probe_margin(table, "tokens").margin.tolist() == [22, 24]
+    assert probe_margin(table, "block").margin.tolist() == [13, 23]
+
+
+def test_a_band_is_over_queries():
+    rows = [(q, k, 1.0 * q + 10 * k) for q in range(4) for k in (2, 4)]
+    table = pd.DataFrame(rows, columns=["query", "tokens", "distance"])
+    table = table.assign(model="aligned", queries="harmful", prefix="benign", block=1)
+    row = averages(table, "block").iloc[0]
+    assert row["mean"] == 31.5 and row["count"] == 4
+    assert row["sem"] == pytest.approx(pd.Series([0.0, 1, 2, 3]).sem())
+
+
+def test_a_system_prompt_stands_before_the_query():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    found = probe(model, tokenizer, ["Hi"], steps=(2,), system="Be safe.")
+    query = tokenizer(chat_prompt(tokenizer, "Hi", "Be safe.")).input_ids
+    longer = query + tokenizer("So", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        a, b = (model(torch.tensor([ids]), output_hidden_states=True) for ids in (query, longer))
+    a, b = (out.hidden_states[1][0, -1] for out in (a, b))
+    wanted = 1 - float(torch.cosine_similarity(a, b, dim=0))
+    row = found[(found.block == 1) & (found.prefix == "benign")]
+    assert row.distance.item() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_short_prefix_is_an_error():

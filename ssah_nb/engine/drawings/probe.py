@@ -35,12 +35,13 @@ def finish_axes(fig: plt.Figure, axes: list[plt.Axes], columns: int) -> plt.Figu
 
 # %% ../../../nbs/engine/drawings/probe.ipynb #drawings-probe-006
 def averages(
-    distances: pd.DataFrame,  # [model, queries, prefix, `by`, distance], one row a distance
+    distances: pd.DataFrame,  # [model, queries, prefix, `by`, query, distance]
     by: str,  # "tokens" or "block"
 ) -> pd.DataFrame:
-    "Mean distance over queries, with its standard error."
-    groups = distances.groupby(["model", "queries", "prefix", by], sort=False).distance
-    return groups.agg(["mean", "sem", "count"]).reset_index()
+    "Mean distance over queries, with its standard error; `count` is the number of queries."
+    keys = ["model", "queries", "prefix", by]
+    of_query = distances.groupby([*keys, "query"], sort=False).distance.mean()
+    return of_query.groupby(level=keys, sort=False).agg(["mean", "sem", "count"]).reset_index()
 
 # %% ../../../nbs/engine/drawings/probe.ipynb #drawings-probe-007
 def draw_distances(
