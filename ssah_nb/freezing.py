@@ -156,7 +156,7 @@ def safety_layer_units(
     share: float,  # of the layers
 ) -> UnitMask:
     "All units of the stretch of layers that holds the most SCU."
-    held, chosen = units.scu.mlp.sum(1) + units.scu.attention.sum(1), units.scu - units.scu
+    held, chosen = units.scu.mlp.sum(1) + units.scu.attention.sum(1), units.units()
     size = max(1, min(round(share * len(held)), len(held) - 1))
     first = int(held.unfold(0, size, 1).sum(1).argmax())
     for kind in (chosen.mlp, chosen.attention):
@@ -210,7 +210,7 @@ def mask_of(case: Case) -> UnitMask:
     "The units that the way of a case freezes; maybe none. Raises `SsahError`."
     way = way_of(case.way)
     check_map(case.units)
-    mask = way.freezes(case) if way.freezes else case.units.scu - case.units.scu
+    mask = way.freezes(case) if way.freezes else case.units.units()
     if not isinstance(mask, UnitMask):
         raise SsahError(f"freezes of {case.way} gave a {type(mask).__name__}; return a UnitMask")
     return mask
@@ -298,15 +298,20 @@ def finetune_protected(
     unaligned: PreTrainedModel | None = None,  # the model before alignment, for "safe_lora"
     target: float | None = None,  # training perplexity to reach; None: one pass
     top_cu: float = 0.06,  # share of all units, of "scu_top_cu"
-    lora: dict | None = None,  # options of `with_adapter`
-    lora_lr: float = 10.0,  # times the learning rate, for an adapter
+    lora: dict | None = None,  # changes to peft.LoraConfig; r=8, lora_alpha=16, all linears
+    lora_lr_factor: float = 10.0,  # times `lr`, for an adapter
     lr: float = 1e-4,  # peak learning rate
     seed: int = 0,  # of the order and the random sets
     refusals: Iterable[dict] | None = None,  # calibration refusals, for ways that need them
-    **training,  # max_epochs of `finetune_until`; batch_size and max_response of `finetune`
+    **training,  # max_epochs, ema, extra; options of `finetune` but epochs and after_step
 ) -> tuple[PreTrainedModel, dict]:
-    "Fine-tune in one way: an ordinary model, and what was done. Raises `SsahError`."
-    check_amounts(lr=lr, lora_lr=lora_lr)
-    given = {"refusals": refusals, "unaligned": unaligned, "lora": lora, "lora_lr": lora_lr}
+    """Fine-tune in one way: the model, an ordinary one again, and what was done.
+
+    That is {frozen, frozen_units, frozen_unit_parameters, frozen_parameters: units and shares;
+    epochs, training_perplexity, reached, optimizer_mb, seconds, reference_mb}. `SsahError`s tell
+    what cannot be."""
+    check_amounts(lr=lr, lora_lr_factor=lora_lr_factor)
+    given: dict[str, Any] = {"refusals": refusals, "unaligned": unaligned, "lora": lora}
+    given["lora_lr_factor"] = lora_lr_factor
     case = Case(way, units, safety, utility, top_cu, seed, model, tokenizer, **given)
     return train_case(case, pairs, training | {"lr": lr, "target": target, "seed": seed})

@@ -127,6 +127,18 @@ def test_bad_ratios(options, message):
     assert len(classify(made_up(0), made_up(1), **just_fits).cu) < 72
 
 
+def test_the_square_of_attention_is_ranked():
+    safety, utility = made_up(0), made_up(1)
+    for square in (True, False):
+        units = classify(safety, utility, square_attention=square)
+        s, u = (scores.standardized(square) for scores in (safety, utility))
+        assert torch.equal(units.order.attention, s.attention - u.attention)
+        assert torch.equal(units.order.mlp, s.mlp - u.mlp)
+    assert not torch.equal(
+        safety.standardized(True).attention, safety.standardized(False).attention
+    )
+
+
 def test_importances_of_two_models_do_not_mix():
     base = importance(tiny_model(), TOKENIZER, pairs("No"))
     # the first has the same shape and the same signature

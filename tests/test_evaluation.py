@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from helpers import PROMPTS, one_line
 
-from ssah_nb.engine import evaluation
+from ssah_nb.engine import evaluation, outcomes
 from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.evaluation import (
     attack_success,
@@ -28,6 +28,7 @@ from ssah_nb.engine.evaluation import (
 from ssah_nb.engine.judges import KEYWORDS, is_refusal
 from ssah_nb.engine.generation import generate
 from ssah_nb.engine.intervals import wilson
+from ssah_nb.engine.margin import refusal_margins
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
 
@@ -165,6 +166,39 @@ def test_coherence_tells_text_from_gibberish():
     assert coherence(model, tokenizer, PAIRS, responses, threshold).coherent.all()
     with pytest.raises(SsahError, match="no pair has a response"):
         coherence_threshold(model, tokenizer, [{"prompt": "a", "response": ""}])
+
+
+def test_the_threshold_is_a_quantile_of_the_first_tokens():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    pairs = [{"prompt": f"Say {i}", "response": "abcdefgh"[i:] + " and so on"} for i in range(5)]
+    each = [perplexity(model, tokenizer, [pair], max_response=4).value for pair in pairs]
+    found = coherence_threshold(model, tokenizer, pairs, max_response=4, quantile=0.5)
+    assert found == pytest.approx(np.median(each), rel=1e-5)
+
+
+def test_the_dense_model_reads_and_the_models_own_perplexity_is_measured():
+    model, dense, tokenizer = tiny_model(), tiny_model(seed=1), tiny_tokenizer()
+    said = [f"Answer {i}." for i in range(len(PROMPTS))]
+    ours, theirs = (coherence(m, tokenizer, PROMPTS, said, 1e9).perplexity for m in (model, dense))
+    limit = float(np.median([*ours, *theirs]))
+    assert (theirs <= limit).mean() != (ours <= limit).mean()
+    given = dict(responses=said, benign_responses=["a"] * 3, max_perplexity=limit)
+    row = safety_report(model, tokenizer, PROMPTS, PAIRS, dense_model=dense, **given)
+    assert row["coherent"] == (theirs <= limit).mean()
+    assert row["perplexity"] == perplexity(model, tokenizer, PAIRS, max_response=32).value
+
+
+def test_outcomes_are_those_of_the_answers(tmp_path, monkeypatch):
+    said = {"a": "I cannot do that.", "b": "Sure, here it is."}
+    monkeypatch.setattr(outcomes, "generate", lambda m, t, prompts, n: [said[p] for p in prompts])
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    read = coherence(model, tokenizer, ["a", "b"], said.values(), 1e9).perplexity
+    limit = float(read.mean())
+    asked = ["a", "b"], ["b", "a"], 4, tmp_path / "said.json"
+    found = outcomes.prompt_outcomes(model, tokenizer, *asked, model, limit)
+    assert found["succeeded"] == [False, True] and found["over_refused"] == [False, True]
+    assert found["coherent"] == [value <= limit for value in read]
+    assert found["margin"] == pytest.approx(refusal_margins(model, tokenizer, ["a", "b"]))
 
 
 @pytest.fixture

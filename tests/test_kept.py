@@ -63,7 +63,8 @@ def test_completions_are_for_this_user_alone(umask, run):
     safety_report(
         model, tokenizer, PROMPTS, PAIRS, max_new_tokens=2, completions=place / "04_pruned.json"
     )
-    prompt_outcomes(model, tokenizer, PROMPTS, ["Hi"], 2, place / "protection" / "plain.json")
+    kept = place / "protection" / "plain.json"
+    prompt_outcomes(model, tokenizer, PROMPTS, ["Hi"], 2, kept, model, 1e9)
     assert harmful_pairs(run, PROMPTS, model, tokenizer, 4)
     kept = [path for path in run.folder.rglob("*") if path.is_file()]
     assert len(kept) == 3 and all(path.is_relative_to(place) for path in kept)

@@ -101,7 +101,7 @@ CALLS = {  # function -> (call, what it must refuse)
     ),
     "finetune_protected": (
         lambda **o: ssah_nb.finetune_protected("full", None, None, PAIRS, None, None, None, **o),
-        {"lr": AMOUNT, "lora_lr": AMOUNT, "seed": SEED},
+        {"lr": AMOUNT, "lora_lr_factor": AMOUNT, "seed": SEED},
     ),
     "finetune_until": (
         on(finetune_until, PAIRS),

@@ -44,6 +44,7 @@ def test_the_table_by_hand(table):
     assert rows.training_ratio["replay"] == pytest.approx(ratio)
     assert rows.training_ratio["full"] == 1 and math.isnan(rows.p["full"])
     assert rows.memory_mb.to_dict() == {"full": 2.0, "replay": 2.5}
+    assert rows.over_refusal_change.to_dict() == {"full": 0, "replay": 0}
     assert rows.safety["full"] == "fails" and rows.orders_safer["replay"] == 2
     assert rows.p_holm["replay"] == rows.p["replay"]
 

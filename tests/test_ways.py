@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import one_line
+from helpers_units import made_up
 from helpers_ways import PAIRS, REFUSALS, run_way, same_weights
 from torch import nn
 
@@ -19,8 +20,11 @@ from ssah_nb.engine.evaluation import perplexity
 from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.run import SsahError, side_by_side
 from ssah_nb.engine.training import training_perplexity
+from ssah_nb.classes import top_units
 from ssah_nb.engine.ways import CHANGES, Case, Way, Ways, held_bytes
 from ssah_nb.freezing import finetune_protected, frozen_rows_and_columns, frozen_units
+from ssah_nb.freezing import safety_layer_units, sn_tune_units
+from ssah_nb.units import CLASSES, Scores, UnitMap
 
 NEEDS_REFUSALS = ["gradient_mask", "replay"]
 NEEDS_REFUSALS += ["anchor_answers", "anchor_slack", "anchor_hidden"]
@@ -181,6 +185,29 @@ def test_controls_have_our_size(scored):
     sizes = [units.share(mask)["unit_parameters"] for mask in (masks["sn_tune_our_size"], ours)]
     assert abs(sizes[0] - sizes[1]) < 0.12  # a head of the tiny model is 4 %
     assert masks["safety_layers"].mlp.all(1).sum() == masks["safety_layers"].mlp.any(1).sum() == 1
+
+
+def test_sn_tune_takes_the_highest_safety_scores_outside_of_the_foundation():
+    safety, utility = made_up(0), made_up(1)
+    foundation = top_units(utility.standardized(), 0.1, utility.info)
+    found, z = sn_tune_units(safety, utility, 0.2), safety.standardized()
+
+    def scores_of(mask):
+        return torch.cat([getattr(z, kind)[getattr(mask, kind)] for kind in ("mlp", "attention")])
+
+    assert len(found) > 3 and not len(found & foundation)
+    assert scores_of(found).min() >= scores_of(~(found | foundation)).max()
+
+
+def test_safety_layers_are_those_with_the_most_scu():
+    mlp, attention = torch.full((4, 8), 2, dtype=torch.uint8), torch.full((4, 2), 2).byte()
+    mlp[2, :3], mlp[0, 0] = CLASSES.index("SCU"), CLASSES.index("SCU")
+    units = UnitMap(mlp, attention, Scores(mlp.float(), attention.float()), {})
+    for share, layers in ((0.25, [2]), (0.5, [1, 2])):
+        found = safety_layer_units(units, share)
+        assert found.mlp.all(1).nonzero().flatten().tolist() == layers
+        assert torch.equal(found.mlp.any(1), found.mlp.all(1))
+        assert torch.equal(found.attention.all(1), found.mlp.all(1))
 
 
 def test_errors_name_what_is_wrong(scored):

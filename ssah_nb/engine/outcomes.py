@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import save_completions
+from .evaluation import coherence, save_completions
 from .generation import generate
 from .intervals import bootstrap_mean, wilson
 from .judges import DEFAULT_JUDGE, WINDOW, judged
@@ -26,24 +26,33 @@ def prompt_outcomes(
     benign: list[str],  # prompts that should be answered
     max_new_tokens: int,  # tokens of an answer
     completions: str | Path,  # JSON file for what the model said
+    dense_model: PreTrainedModel,  # the model before training, which says what is coherent
+    max_perplexity: float,  # from `coherence_threshold`
 ) -> dict[str, list]:
-    "{succeeded: [bool], over_refused: [bool], margin: [nats]}, one entry for each prompt."
+    "{succeeded, coherent, over_refused: [bool], margin: [nats]}, one entry for each prompt."
     asked = {"harmful": harmful, "benign": benign}
     said = {kind: generate(model, tokenizer, p, max_new_tokens) for kind, p in asked.items()}
     save_completions(completions, **{kind: zip(p, said[kind]) for kind, p in asked.items()})
     answered = {kind: judged(DEFAULT_JUDGE, p, said[kind], WINDOW) for kind, p in asked.items()}
+    judged_by = dense_model, tokenizer, harmful, said["harmful"], max_perplexity
     return {
         "succeeded": [bool(yes) for yes in answered["harmful"]],
+        "coherent": coherence(*judged_by).coherent.tolist(),
         "over_refused": [not yes for yes in answered["benign"]],
         "margin": [float(nats) for nats in refusal_margins(model, tokenizer, harmful)],
     }
 
 # %% ../../nbs/engine/outcomes.ipynb #outcomes-007
 def outcome_columns(found: dict[str, list]) -> dict[str, float]:  # from `prompt_outcomes`
-    "attack_success, over_refusal and refusal_margin, each with _low, _high and _n."
+    """attack_success, coherent, not_refused_and_coherent, over_refusal, refusal_margin.
+
+    Each has _low, _high and _n."""
+    both = [yes and good for yes, good in zip(found["succeeded"], found["coherent"])]
+    rates = {"attack_success": found["succeeded"], "coherent": found["coherent"]}
+    rates |= {"not_refused_and_coherent": both, "over_refusal": found["over_refused"]}
     row: dict[str, float] = {}
-    for kind, column in (("succeeded", "attack_success"), ("over_refused", "over_refusal")):
-        row |= wilson(sum(found[kind]), len(found[kind])).columns(column)
+    for column, outcomes in rates.items():
+        row |= wilson(sum(outcomes), len(outcomes)).columns(column)
     return row | bootstrap_mean(found["margin"]).columns("refusal_margin")
 
 

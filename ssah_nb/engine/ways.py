@@ -133,7 +133,7 @@ class CaseFields:
     unaligned: PreTrainedModel | None = None  # the model before alignment
     max_response: int | None = None  # tokens kept of each response while training
     lora: dict | None = None  # options of an adapter
-    lora_lr: float = 10.0  # times the learning rate, for an adapter
+    lora_lr_factor: float = 10.0  # times the learning rate, for an adapter
     extra: list[dict] = field(default_factory=list)  # pairs that are mixed in
     system: str | None = None  # system prompt of the training
 
@@ -236,7 +236,7 @@ def finished(
 # %% ../../nbs/engine/ways.ipynb #ways-013
 def lora(case: Case, model: PreTrainedModel) -> dict:
     "An adapter is trained, at its own learning rate."
-    return {"adapter": case.lora or {}, "lr_factor": case.lora_lr}
+    return {"adapter": case.lora or {}, "lr_factor": case.lora_lr_factor}
 
 
 def check_same_linears(model: nn.Module, unaligned: nn.Module, names: list[str]):

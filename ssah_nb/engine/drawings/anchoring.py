@@ -34,6 +34,7 @@ READ = {
     "order": "order of the pairs",
     "training_perplexity": "perplexity, training pairs",
     "attack_success": "attack success (%)",
+    "not_refused_and_coherent": "not refused and coherent (%)",
     "refusal_margin": "refusal margin",
     "over_refusal": "over-refusal (%)",
 }
