@@ -4,6 +4,7 @@
 #                     PROFILE-model (NAME=... to change that). A model that refuses at least half of
 #                     the attacks is taken as aligned (ALIGNED=yes or no to decide it).
 # make test           lint, types and the tests, but for those of a browser, of installing and of Slurm
+# make test-quick     the same without the slow ones, in a few minutes
 # make coverage       the same tests, and how much of the library they reach: docs/coverage.csv
 # make docs           the site, in docs/_build/html
 # make drill          kill runs of the smoke profile at random moments, in a copy of this checkout
@@ -28,15 +29,17 @@ PROFILES = $(sort $(patsubst workflow/profiles/%/config.yaml,%,$(wildcard workfl
 BIN = .venv/bin
 USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
+BESIDE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of several files at once
 
-.PHONY: reproduce test lint types coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run help
+.PHONY: reproduce test test-quick lint types coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run help
 
 # Ctrl-C reaches make, this shell and snakemake. The chapter says its line; the shell then says
 # nothing, so that make ends as interrupted, without a line of its own.
 SNAKEMAKE = stopped=; trap stopped=1 INT; SSAH_MAKE=$$PPID $(BIN)/snakemake \
     --workflow-profile workflow/profiles/$(PROFILE) $(SNAKEMAKE_FLAGS)
 FINISHED = ; status=$$?; test -z "$$stopped" || exit 0; test $$status = 0 || exit $$status; \
-    echo "finished: notebooks in runs/$$run/notebooks, figures and tables in figures/$$run"
+    echo "finished: notebooks in runs/$$run/notebooks, figures and tables in figures/$$run"; \
+    cat "runs/$$run/agreement.txt" 2>/dev/null || true
 WITH_CONFIG = config=$$($(BIN)/python workflow/run_config.py $(PROFILE) "$$run") || exit 2; \
     $(SNAKEMAKE) --config $$config$(FINISHED)
 
@@ -52,7 +55,10 @@ help:
 	@sed -n -e '/^#/!q' -e 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 test: lint types
-	@exec $(BIN)/python -m pytest --durations=10
+	@exec $(BIN)/python -m pytest $(BESIDE) --durations=10
+
+test-quick: lint  ## without those that take long
+	@exec $(BIN)/python -m pytest $(BESIDE) -m 'not slow and not network and not browser and not install'
 
 lint: $(READY)  ## line length, unused imports, undefined names
 	@$(BIN)/ruff check --quiet nbs ssah_nb tests workflow benchmarks docs

@@ -8,6 +8,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -244,11 +245,13 @@ PUBLISHED += ("README.md", "benchmarks/results/*.csv")
 def published(root: Path) -> dict[str, list[str]]:
     "Everything that a reader can see: outputs, tables, drawings, logs, the README, the site."
     paths = sorted(path for pattern in PUBLISHED for path in root.glob(pattern))
-    return {
-        str(path.relative_to(root)): texts_of(path)
-        for path in paths
-        if ".ipynb_checkpoints" not in path.parts
-    }
+    found = {}
+    for path in paths:
+        if ".ipynb_checkpoints" in path.parts or path.name.endswith(".partial.ipynb"):
+            continue
+        with suppress(FileNotFoundError):  # a run that goes on beside this has removed it
+            found[str(path.relative_to(root))] = texts_of(path)
+    return found
 
 
 def shown_completions(root: Path, typed: list[str]) -> dict[str, set[str]]:

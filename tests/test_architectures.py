@@ -30,6 +30,7 @@ REFUSED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_every_architecture_is_right_or_refused_as_the_table_says(chunk):
     table = committed()

@@ -57,6 +57,7 @@ def begin(arguments, cwd: Path, chapter: str) -> subprocess.Popen:
     return started
 
 
+@pytest.mark.slow
 def test_a_drill_of_three_kills(project, capsys):
     settings(project, "01_units", 0.5)
     chances = random.Random(0)
@@ -118,6 +119,7 @@ def test_the_drill_sees_what_is_wrong(project):
     assert all(any(word in line for line in wrong) for word in [*words, "00_start.log is locked"])
 
 
+@pytest.mark.slow
 def test_a_second_run_of_a_profile_is_refused_while_the_first_goes_on(project):
     settings(project, "01_units", 600)
     first = begin(command(), project, "01_units")

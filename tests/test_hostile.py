@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,13 @@ def outcomes(scratch: Path, doors: list[str]) -> list[dict]:
 @pytest.fixture(scope="session")
 def tried(tmp_path_factory) -> dict[str, list[dict]]:
     "The outcomes of all cases, by door."
-    found = []
-    for group in GROUPS:
-        scratch = tmp_path_factory.mktemp("hostile")
-        found += outcomes(scratch, group)
+    scratches = [tmp_path_factory.mktemp("hostile") for _ in GROUPS]
+    with ThreadPoolExecutor(len(GROUPS)) as pool:
+        found = [row for rows in pool.map(outcomes, scratches, GROUPS) for row in rows]
     return {door: [row for row in found if row["door"] == door] for door in DOORS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_a_hostile_file_is_refused_in_one_line_or_can_be_used(door, tried):
     rows = tried[door]
@@ -68,6 +69,7 @@ def test_a_hostile_file_is_refused_in_one_line_or_can_be_used(door, tried):
     assert refused >= len(rows) / 3
 
 
+@pytest.mark.slow
 def test_there_are_enough_cases(tried):
     assert sum(map(len, tried.values())) >= 500
     assert all(len(rows) >= 15 for rows in tried.values())

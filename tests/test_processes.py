@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_freezing import check_trained, half, same, snapshot
 
+pytestmark = pytest.mark.slow
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 PLAIN = "--num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no".split()
 LOOPBACK = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -3,9 +3,6 @@
 import gzip
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -249,19 +246,3 @@ def test_a_target_of_numpy_can_be_kept():
     options = {"batch_size": 2, "target": np.float64(1e6), "max_epochs": 1}
     _, done = finetune_protected("full", tiny_model(), tokenizer, pairs, *scored, **options)
     assert json.loads(json_of({"done": done}))["done"]["reached"] is True
-
-
-@pytest.mark.slow
-def test_the_page_runs_on_the_tiny_model_and_takes_up_what_was_kept():
-    command = [sys.executable, "workflow/run_chapter.py", "smoke", "protection", "1"]
-    environment = os.environ | {"SSAH_PROGRESS": "0"}
-    options = dict(cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    tables = []
-    for _ in range(2):
-        done = subprocess.run(command, **options)
-        assert done.returncode == 0, done.stdout + done.stderr
-        tables.append((ROOT / "figures/smoke/protection.csv").read_text())
-    assert tables[0] == tables[1]
-    assert done.stdout.count("; 0 to run") >= 2
-    rows = pd.read_csv(ROOT / "figures/smoke/protection.csv")
-    assert {"full", "anchor_answers"} <= set(rows.way) and len(set(rows.condition)) == 3

@@ -196,6 +196,7 @@ def test_every_profile_can_be_copied(profile, tmp_path, monkeypatch):
         assert copied[chapter] == values | ({"profile": "mine"} if values else {})
 
 
+@pytest.mark.slow
 def test_make_runs_a_copied_profile_under_its_own_name(project):
     folder = project / "workflow/profiles"
     shutil.copytree(folder / "smoke", folder / "mine")
@@ -247,18 +248,6 @@ def test_failing_chapter_says_why_in_one_line(project):
     assert "Traceback" not in result.stdout
     assert "Traceback" in (project / log).read_text()
     assert not (project / "runs/smoke/notebooks/00_start.ipynb").exists()
-
-
-@pytest.mark.slow
-def test_smoke_profile_runs_every_chapter():
-    """Every chapter, top to bottom, on the tiny model; its asserts are the chapter's own tests."""
-    chapters = sorted(path.stem for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-    assert len(chapters) == 10
-    shutil.rmtree(ROOT / "runs/smoke/notebooks", ignore_errors=True)  # of other tests' runs
-    result = run(command("--forceall"), ROOT)
-    assert result.returncode == 0, result.stdout
-    executed = sorted((ROOT / "runs/smoke/notebooks").glob("*.ipynb"))
-    assert [path.stem for path in executed] == chapters
 
 
 def test_package_is_what_the_notebooks_export(tmp_path):
