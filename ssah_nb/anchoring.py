@@ -80,7 +80,9 @@ class Kept(Shared):
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-010
 class Anchor(Kept):
-    "Holds what a model says on refusals, or what some of its units say, while it is trained."
+    """Holds what a model says on refusals, or what some of its units say, while it is trained.
+
+    Raises `SsahError` for options that cannot be, and where training has begun."""
 
     def __init__(
         self,
@@ -90,9 +92,9 @@ class Anchor(Kept):
         on: str = "answers",  # "answers", or "units"
         units: UnitMask | None = None,  # the units that are held, of `on="units"`
         tokens: int = 4,  # tokens of each refusal that are held, from its first
-        prompts: int = 4,  # refusals that a step looks at
-        weight: float = 1.0,  # λ
-        every: int = 1,  # acts at every so manieth step, with so many times the weight
+        prompts: int = 4,  # refusals that a step looks at; of answers 1 is enough
+        weight: float = 1.0,  # λ; of answers 0.1 holds enough
+        every: int = 1,  # acts at every n-th step only, with n times the weight
         slack: float = 1e-3,  # drift of a token that costs nothing, nats or squared deviations
         system: str | None = None,  # system prompt; None: no system turn
         seed: int = 0,  # of the order of the refusals

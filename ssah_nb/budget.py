@@ -31,7 +31,9 @@ def train_only(
     model: PreTrainedModel,  # changed in place, its function is not
     mask: UnitMask,  # the only units that are trained
 ) -> PreTrainedModel:
-    "Freeze everything but these units; `merge` undoes it. Raises `SsahError` as `freeze` does."
+    """Freeze everything but these units; `merge` undoes it. Raises `SsahError` as `freeze` does.
+
+    Keys and values that heads share are trained only when all of these heads are."""
     check_mask(mask, model)
     return freeze(model, ~mask, rest=True)
 

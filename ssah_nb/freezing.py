@@ -76,7 +76,9 @@ def freeze(
     mask: UnitMask,  # units to freeze
     rest: bool = False,  # True: freeze all that is no unit, too (as requires_grad does)
 ) -> PreTrainedModel:
-    "Freeze units (paper, section 4). Build the optimizer afterwards. Raises `SsahError` first."
+    """Freeze units (paper, section 4). Build the optimizer afterwards. Raises `SsahError` first.
+
+    Keys and values that heads share are frozen as soon as one of these heads is."""
     check_freezable(model, mask)
     plan = linears_to_split(model, frozen_rows_and_columns(model, mask))
     off = outside_units(model) if rest else []
