@@ -307,13 +307,11 @@ def finetune_protected(
     refusals: Iterable[dict] | None = None,  # calibration refusals, for ways that need them
     **training,  # max_epochs, ema, extra; options of `finetune` but epochs and after_step
 ) -> tuple[PreTrainedModel, dict]:
-    """Fine-tune in one way: the model, an ordinary one again, and what was done.
+    """Fine-tune in one way: the model, ordinary again, and what was done. Raises `SsahError`.
 
-    That is {frozen, frozen_units, frozen_unit_parameters, frozen_parameters: units and shares;
-    epochs, training_perplexity, reached, optimizer_mb, seconds, reference_mb}. `SsahError`s tell
-    what cannot be."""
+    What was done: {frozen: units; frozen_units, frozen_unit_parameters, frozen_parameters: shares;
+    epochs, training_perplexity, reached, optimizer_mb, seconds, reference_mb}."""
     check_amounts(lr=lr, lora_lr_factor=lora_lr_factor)
-    given: dict[str, Any] = {"refusals": refusals, "unaligned": unaligned, "lora": lora}
-    given["lora_lr_factor"] = lora_lr_factor
-    case = Case(way, units, safety, utility, top_cu, seed, model, tokenizer, **given)
+    case = Case(way, units, safety, utility, top_cu, seed, model, tokenizer, refusals=refusals)
+    case.unaligned, case.lora, case.lora_lr_factor = unaligned, lora, lora_lr_factor
     return train_case(case, pairs, training | {"lr": lr, "target": target, "seed": seed})
