@@ -80,9 +80,7 @@ class Kept(Shared):
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-010
 class Anchor(Kept):
-    """Holds what a model says on refusals, or what some of its units say, while it is trained.
-
-    Raises `SsahError` for options that cannot be, and where training has begun."""
+    "Holds what a model says on refusals, or what some units say, in training. Raises `SsahError`."
 
     def __init__(
         self,

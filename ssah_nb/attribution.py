@@ -114,16 +114,13 @@ def importance(
     system: str | None = None,  # system prompt
     max_response: int | dict[str, int | None] | None = None,  # tokens kept of a response
     max_tokens: int = 2048,  # tokens of a batch
-    together: bool = True,  # share the work with all processes of torch.distributed
+    alone: bool = False,  # False: all processes of torch.distributed share the work, same pairs
 ) -> Any:  # an Importance; of named sets {name: Importance}
-    """Importance of every unit (paper, section 3), one for each set. Raises `SsahError`.
-
-    Several processes must all call it with the same pairs; with together=False one may alone."""
+    "Importance of every unit (paper, section 3), one for each set. Raises `SsahError`."
     if are_named_sets(pairs):
-        kept = kept_tokens(pairs, max_response)
-        same = (tokens, method, system)
+        kept, same = kept_tokens(pairs, max_response), (tokens, method, system)
         return {
-            name: importance(model, tokenizer, some, *same, kept[name], max_tokens, together)
+            name: importance(model, tokenizer, some, *same, kept[name], max_tokens, alone)
             for name, some in pairs.items()
         }
     pairs = as_pairs(pairs, at_least=0)
@@ -131,8 +128,7 @@ def importance(
     encoded = encode_pairs(tokenizer, pairs, system, max_response, context_of(model))
     batches = list(token_batches(encoded, max_tokens, model))
     info = facts(model, max_response) | {"chat template": chat_record(tokenizer), "system": system}
-    calibration = batches, method, tokens, together
-    return score_batches(Importance, info, model, depth_two(model), *calibration)
+    return score_batches(Importance, info, model, depth_two(model), batches, method, tokens, alone)
 
 # %% ../nbs/03_attribution.ipynb #03-attribution-069
 OPTIONS = {"tokens": "response", "method": "flap", "max_response": {"safety": 4, "utility": 48}}

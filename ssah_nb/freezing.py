@@ -307,10 +307,8 @@ def finetune_protected(
     refusals: Iterable[dict] | None = None,  # calibration refusals, for ways that need them
     **training,  # max_epochs, ema, extra; options of `finetune` but epochs and after_step
 ) -> tuple[PreTrainedModel, dict]:
-    """Fine-tune in one way: the model, ordinary again, and what was done. Raises `SsahError`.
-
-    What was done: {frozen: units; frozen_units, frozen_unit_parameters, frozen_parameters: shares;
-    epochs, training_perplexity, reached, optimizer_mb, seconds, reference_mb}."""
+    """Fine-tune in one way: the model, ordinary again, and what was done: frozen, epochs, reached,
+    training_perplexity, optimizer_mb, seconds, reference_mb, … Raises `SsahError`."""
     check_amounts(lr=lr, lora_lr_factor=lora_lr_factor)
     case = Case(way, units, safety, utility, top_cu, seed, model, tokenizer, refusals=refusals)
     case.unaligned, case.lora, case.lora_lr_factor = unaligned, lora, lora_lr_factor

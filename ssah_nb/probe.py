@@ -92,9 +92,7 @@ def probe(
     steps: tuple[int, ...] = STEPS,  # how many of its tokens are appended
     system: str | None = None,  # system prompt; None: no system turn
 ) -> pd.DataFrame:
-    """Distances of q and q + prefix (paper, Fig 2 and 3), one a row. Raises `SsahError`.
-
-    [query, prefix, tokens, block, distance]: blocks from 1; 1 − cosine, 0 to 2."""
+    "1 − cosine of q and q + prefix (Fig 2, 3): [query, prefix, tokens, block, distance]."
     steps = tuple(as_rows(steps, "steps"))
     check_counts(steps=len(steps), **{f"steps[{i}]": step for i, step in enumerate(steps)})
     queries, found = encode_prompts(tokenizer, as_prompts(prompts), system), []

@@ -52,7 +52,7 @@ def attribution(processes: int) -> dict:
         found[f"{name} count"] = torch.tensor([m.count for m in scored.moments["mlp"]])
     first = not dist.is_initialized() or dist.get_rank() == 0
     for _ in range(2 if first else 1):  # the other process would not join the second call
-        found["alone mlp"] = importance(tiny_model(), TOKENIZER, PAIRS, together=False).mlp
+        found["alone mlp"] = importance(tiny_model(), TOKENIZER, PAIRS, alone=True).mlp
     return found
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWING', 'carriers', 'take_off', 'all_or_none', 'with_adapter', 'adapter_parts', 'experts_to_split',
-           'linears_to_split', 'project_updates']
+           'linears_to_split', 'project_updates', 'check_same_linears']
 
 # %% ../../nbs/engine/adapters.ipynb #adapters-002
 import torch
@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any
 from transformers import PreTrainedModel
 from .experts import fused_weight, is_fused, whole_experts
-from .limits import check_seed
+from .limits import check_kind, check_seed
 from .opening import reason
 from .parts import plain_linear
 from .run import SsahError
@@ -158,3 +158,15 @@ def project_updates(
             after.copy_(before.float() + projected)
             count += 1
     return count
+
+# %% ../../nbs/engine/adapters.ipynb #adapters-same
+def check_same_linears(model: nn.Module, unaligned: nn.Module, names: list[str]):
+    "Raise `SsahError` unless the model before alignment has these linears in the same shapes."
+    check_kind(unaligned, nn.Module, "is no model; pass the model before alignment")
+    own, there = dict(model.named_parameters()), dict(unaligned.named_parameters())
+    for name in (f"{name}.weight" for name in names if f"{name}.weight" in own):
+        if name not in there or there[name].shape != own[name].shape:
+            raise SsahError(
+                f"unaligned has no {name} of the model's shape; pass the model that this one was "
+                "aligned from"
+            )

@@ -23,6 +23,8 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+# %% ../../nbs/engine/anchors.ipynb #anchors-imports-2
 from transformers import PreTrainedModel, TrainerCallback
 
 from .batches import TokenBatch, run_blocks, token_batches

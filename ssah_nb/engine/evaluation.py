@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHORT_SAFETY_PROMPT', 'SYSTEM_PROMPTS', 'said_to', 'attack_success', 'over_refusal', 'pair_losses', 'exp_mean',
            'perplexity', 'text_perplexity', 'repetition', 'response_perplexities', 'coherence_threshold', 'coherence',
-           'rates_of', 'save_completions', 'safety_report', 'earlier_report']
+           'rates_of', 'refused', 'save_completions', 'safety_report', 'earlier_report']
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-002
 import inspect
@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -273,9 +272,17 @@ def rates_of(
     return row | wilson(int(coherent.sum()), n).columns("coherent")
 
 
-def save_completions(path: str | Path, **said: Iterable[tuple[str, str]]):
-    "Write (prompt, response) rows by kind as private JSON, so that another judge can read them."
-    write_private(path, {kind: list(pairs) for kind, pairs in said.items()})
+def refused(judge: Judge, benign: list[dict], responses: list[str], window: int | None) -> Estimate:
+    "Over-refusal by a judge; by the rules, where it does not say what a refusal is."
+    judge = judge if reads_refusals(judge) else DEFAULT_JUDGE
+    answered = judged(judge, as_prompts(benign), responses, window)
+    return wilson(len(answered) - sum(answered), len(answered))
+
+
+def save_completions(path: str | Path | None, **said: Iterable[tuple[str, str]]):
+    "Write (prompt, response) rows by kind as private JSON, for another judge. None: nothing."
+    if path is not None:
+        write_private(path, {kind: list(pairs) for kind, pairs in said.items()})
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-030
 def safety_report(
@@ -296,11 +303,10 @@ def safety_report(
     batch_size: int = 50,  # prompts side by side
     completions: str | Path | None = None,  # JSON file for all responses; None: they are not kept
 ) -> dict[str, float]:
-    """One row, each column with its 95 % interval (_low, _high) and its number of prompts (_n).
+    """Each measure with its 95 % interval (_low, _high) and number of prompts (_n), in one row.
 
-    attack_success by `judge`, and attack_success_<name> by each other one of `JUDGES`;
-    not_refused_and_coherent; coherent; over_refusal: shares, 0 to 1. refusal_margin: nats.
-    perplexity. And max_perplexity, which has no interval. Raises `SsahError`."""
+    Shares are 0 to 1, refusal_margin is in nats. attack_success is by `judge`, and
+    attack_success_<name> by another one of `JUDGES`. Raises `SsahError`."""
     prompts, benign, dense = as_prompts(prompts), as_pairs(benign), dense_model or model
     check_limits(window=window, max_response=max_response)
     check_judge(judge)
@@ -310,14 +316,11 @@ def safety_report(
     sizes = dict(system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
     responses = said_to(model, tokenizer, prompts, responses, **sizes)
     benign_responses = said_to(model, tokenizer, as_prompts(benign), benign_responses, **sizes)
-    if completions:
-        harmless = zip(as_prompts(benign), benign_responses)
-        save_completions(completions, harmful=zip(prompts, responses), benign=harmless)
+    harmless = zip(as_prompts(benign), benign_responses)
+    save_completions(completions, harmful=zip(prompts, responses), benign=harmless)
     coherent = coherence(dense, tokenizer, prompts, responses, max_perplexity).coherent
     row = rates_of(judge, prompts, responses, coherent, window)
-    refusals: Any = judge if reads_refusals(judge) else DEFAULT_JUDGE
-    said: dict[str, Any] = dict(responses=benign_responses, window=window)
-    row |= over_refusal(model, tokenizer, benign, refusals, **said).columns("over_refusal")
+    row |= refused(judge, benign, benign_responses, window).columns("over_refusal")
     row |= refusal_margin(model, tokenizer, prompts, system).columns("refusal_margin")
     row |= perplexity(model, tokenizer, benign, system, max_response).columns("perplexity")
     return row | {"max_perplexity": max_perplexity}

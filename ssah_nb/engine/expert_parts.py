@@ -115,10 +115,6 @@ class JoinedExperts(ExpertParts):
         put(trained, rows[~mask])
         put(frozen, rows[mask])
 
-    def shape_of(self, name: str) -> tuple[int, ...]:  # name: one of FUSED
-        "The fused tensor's shape in the original."
-        return tuple(getattr(self.shell, name).shape)
-
 # %% ../../nbs/engine/expert_parts.ipynb #expert-parts-009
 class SplitExperts(JoinedExperts):
     "Experts of which only some channels are trained."

@@ -146,10 +146,6 @@ class Owner(nn.Module):
         "Take over a weight of the original's shape."
         raise NotImplementedError
 
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        "The weight's shape in the original."
-        raise NotImplementedError
-
     def shown(self, name: str) -> LiveTensor | None:
         "The weight: reading it is always fresh, writing to it changes this. None: it has none."
         return show(self, name, settable=True) if name in self.flags else None
@@ -171,7 +167,7 @@ class SavedOwner(Owner):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         for name in self.flags:
-            key, shape = prefix + name, self.shape_of(name)
+            key, shape = prefix + name, tuple(self.original(name).shape)
             if key not in state_dict:
                 missing_keys.append(key)
             elif (got := tuple(state_dict[key].shape)) != shape:

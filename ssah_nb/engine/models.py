@@ -236,7 +236,7 @@ def check_revision(name: str | Path, revision: str | None):
     if revision and (here or Path(name).exists()):
         raise SsahError(f"{name} is not on the hub and has no revision={revision!r}; leave it out")
 
-
+# %% ../../nbs/engine/models.ipynb #models-load-model
 def load_model(
     name: str | Path = "embedded",  # "embedded", "aligned", "tiny", a hub id, folder or .gguf file
     dtype: str | torch.dtype = "auto",  # "auto": bfloat16 on CUDA, float32 on the CPU

@@ -135,10 +135,6 @@ class LinearParts(KeptParts):
 class JoinedLinear(LinearParts):
     "Gives the original linear back."
 
-    def shape_of(self, name: str) -> tuple[int, ...]:  # name: "weight" or "bias"
-        "The shape of the original's weight or bias."
-        return (self.out_features, self.in_features) if name == "weight" else (self.out_features,)
-
     def merged(self) -> nn.Linear:
         "The original linear, with what was trained."
         linear = nn.Linear(self.in_features, self.out_features, "bias" in self.flags, device="meta")

@@ -109,11 +109,11 @@ def collect_moments(
     batches: list[TokenBatch],  # the calibration tokens
     method: Method,  # what is averaged
     tokens: str = "response",  # "response" or "all"
-    together: bool = True,  # as in `watched_moments`
+    alone: bool = False,  # as in `watched_moments`
 ) -> dict[str, list[Moments]]:
     "Moments of the signal at the input of every B, one a layer and kind."
     names = [module.b for layers in modules.values() for module in layers]
-    how = method.signal, method.needs_gradient, tokens, together
+    how = method.signal, method.needs_gradient, tokens, alone
     by_name = watched_moments(model, names, batches, *how)
     return {kind: [by_name[m.b] for m in layers] for kind, layers in modules.items()}
 
@@ -221,7 +221,7 @@ def score_batches(
     batches: list[TokenBatch],  # the calibration tokens
     method: str,  # one of METHODS
     tokens: str,  # "response" or "all"
-    together: bool = True,  # as in `watched_moments`
+    alone: bool = False,  # as in `watched_moments`
 ) -> Statistics:
     "The score of every channel over these tokens."
     check_in_memory(model)
@@ -232,7 +232,7 @@ def score_batches(
     }
     moments: dict[str, list[Moments]] = {kind: [] for kind in modules}
     if chosen.signal:
-        moments = collect_moments(model, modules, batches, chosen, tokens, together)
+        moments = collect_moments(model, modules, batches, chosen, tokens, alone)
     info = facts | {"method": method, "tokens": tokens} | reach(moments)
     info |= origin(model, encoded_again(batches))
     return result(score_channels(chosen, moments, weights), moments, info, weights)

@@ -151,13 +151,13 @@ def watched_moments(
     signal: Callable,  # as in `watching`
     gradient: bool = False,  # as in `watching`
     tokens: str = "response",  # "response", or "all" but padding
-    together: bool = True,  # share the batches among all processes, which all must call this
+    alone: bool = False,  # False: all processes share the batches, and all must call this
 ) -> dict[str, Moments]:
     "The moments of each linear's input over the tokens that count."
     moments: dict[str, Any] = {
         n: RoutedMoments(model, n) if is_fused(n) else Moments() for n in names
     }
-    several = together and dist.is_available() and dist.is_initialized()
+    several = not alone and dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     with watching(model, moments, signal, gradient) as rows:
         for batch in progress(batches[rank::world], "importance"):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'CHANGES', 'NUMBERS', 'FUNCTIONS', 'OTHERS', 'Way', 'LateWays', 'Ways', 'CaseFields', 'Case', 'check_change',
-           'way_of', 'changes_of', 'finished', 'lora', 'check_same_linears', 'safe_lora', 'replay', 'constrained_sft',
-           'anchor_hidden', 'project_inputs', 'safety_triggered', 'contents_of', 'held_bytes']
+           'way_of', 'changes_of', 'finished', 'lora', 'safe_lora', 'replay', 'constrained_sft', 'anchor_hidden',
+           'project_inputs', 'safety_triggered', 'contents_of', 'held_bytes']
 
 # %% ../../nbs/engine/ways.ipynb #ways-002
 import inspect
@@ -22,14 +22,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import project_updates
+from .adapters import check_same_linears, project_updates
 from .batches import TokenBatch, token_batches
 from .chat import encode_pairs
 from .experts import is_fused
 from .forward import context_of, copied
 from .holding import Constrained, HiddenAnchor, InputProjection, SafetyTrigger
 from .inputs import as_pairs
-from .limits import check_kind, is_finite
+from .limits import is_finite
 from .run import SsahError
 from .training import perplexity_as_trained
 
@@ -239,22 +239,10 @@ def lora(case: Case, model: PreTrainedModel) -> dict:
     return {"adapter": case.lora or {}, "lr_factor": case.lora_lr_factor}
 
 
-def check_same_linears(model: nn.Module, unaligned: nn.Module, names: list[str]):
-    "Raise `SsahError` unless the model before alignment has these linears in the same shapes."
-    own, there = dict(model.named_parameters()), dict(unaligned.named_parameters())
-    for name in (f"{name}.weight" for name in names if f"{name}.weight" in own):
-        if name not in there or there[name].shape != own[name].shape:
-            raise SsahError(
-                f"unaligned has no {name} of the model's shape; pass the model that this one was "
-                "aligned from"
-            )
-
-
 def safe_lora(case: Case, model: PreTrainedModel) -> dict:
     "The same, and its update is projected in the end."
     if case.unaligned is None:
         raise SsahError("safe_lora needs the model before alignment; pass unaligned=")
-    check_kind(case.unaligned, nn.Module, "is no model; pass the model before alignment")
     modules = (m for layers in case.modules.values() for m in layers)
     names = {name for m in modules for name in (m.b, *(n for n, _ in m.a + m.shared))}
     linears = sorted(name for name in names if not is_fused(name))
