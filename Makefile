@@ -4,7 +4,7 @@
 #                     PROFILE-model (NAME=... to change that). A model that refuses at least half of
 #                     the attacks is taken as aligned (ALIGNED=yes or no to decide it).
 # make test           lint, types and the tests, but for those of a browser, of installing and of Slurm
-# make test-quick     the same without the slow ones, in a few minutes
+# make test-quick     the same without the tests that are slow or need a network
 # make coverage       the same tests, and how much of the library they reach: docs/coverage.csv
 # make docs           the site, in docs/_build/html
 # make drill          kill runs of the smoke profile at random moments, in a copy of this checkout
@@ -57,7 +57,7 @@ help:
 test: lint types
 	@exec $(BIN)/python -m pytest $(BESIDE) --durations=10
 
-test-quick: lint  ## without those that take long
+test-quick: lint types  ## without those that take long
 	@exec $(BIN)/python -m pytest $(BESIDE) -m 'not slow and not network and not browser and not install'
 
 lint: $(READY)  ## line length, unused imports, undefined names

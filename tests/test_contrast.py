@@ -100,7 +100,7 @@ def test_options_reach_the_judge_the_model_and_the_margins(monkeypatch):
     assert row["refused_safe"] == row["refused_unsafe"] == 0  # a refusal that stands too late
     whole = contrast_report(model, tokenizer, ["I cannot"], window=None, **options)
     assert whole["refused_safe"] == whole["refused_unsafe"] == 1
-    other = contrast_report(model, tokenizer, lambda p, r: [True] * 50, window=None)
+    other = contrast_report(model, tokenizer, ["never said"], window=None)
     assert other["refused_safe"] == 0
     for name, prompts in zip(("margin_safe", "margin_unsafe"), contrast_prompts()):
         right = refusal_margins(model, tokenizer, prompts, "Be safe.").mean()

@@ -1,6 +1,7 @@
 """What a user passes by mistake: a wrapper, no tokenizer, a model elsewhere, a path with ~."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,8 @@ def test_a_device_without_float64_is_refused():
     weight = SimpleNamespace(device=SimpleNamespace(type="mps"), is_meta=False)
     model = SimpleNamespace(parameters=lambda: [weight], named_parameters=lambda: [("w", weight)])
     with pytest.raises(SsahError, match="no float64"):
-        check_in_memory(model)
+        check_in_memory(model, sums=True)
+    check_in_memory(model)
 
 
 @pytest.mark.parametrize("name", ["tiny", "embedded", "aligned", "model.gguf", "."])
@@ -118,6 +120,23 @@ def test_another_model_before_alignment_is_refused_before_training(unaligned, wo
     assert all(torch.equal(weight, before[n]) for n, weight in model.state_dict().items())
 
 
-def test_a_file_is_no_source():
+@pytest.mark.parametrize("name", ["mine.csv", Path("mine.csv")])
+def test_a_file_is_no_source(name):
     with pytest.raises(SsahError, match="'mine.csv' is a file and no source; .*read_csv"):
-        ssah.load_pairs("mine.csv")
+        ssah.load_pairs(name)
+
+
+def test_the_home_of_nobody_stays_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ssah.Splits({("harmful", "align"): PAIRS}).save("~nobody-x/splits.json")
+    assert (tmp_path / "~nobody-x/splits.json").exists()
+
+
+def test_refusals_of_harmless_prompts_are_not_counted_by_a_function():
+    with pytest.raises(SsahError, match="cannot count refusals"):
+        ssah.contrast_report(tiny_model(), TOKENIZER, lambda prompts, said: [False] * len(said))
+
+
+def test_a_text_and_a_task_need_a_tokenizer():
+    with pytest.raises(SsahError, match="is no tokenizer"):
+        ssah.text_perplexity(tiny_model(), None, "a b c")

@@ -163,9 +163,13 @@ def project_updates(
 def check_same_linears(model: nn.Module, unaligned: nn.Module, names: list[str]):
     "Raise `SsahError` unless the model before alignment has these linears in the same shapes."
     check_kind(unaligned, nn.Module, "is no model; pass the model before alignment")
-    own, there = dict(model.named_parameters()), dict(unaligned.named_parameters())
-    for name in (f"{name}.weight" for name in names if f"{name}.weight" in own):
-        if name not in there or there[name].shape != own[name].shape:
+    for name in names:
+        shape = plain_linear(model, name).weight.shape
+        try:
+            fits = plain_linear(unaligned, name).weight.shape == shape
+        except AttributeError:  # it has no such module
+            fits = False
+        if not fits:
             raise SsahError(
                 f"unaligned has no {name} of the model's shape; pass the model that this one was "
                 "aligned from"

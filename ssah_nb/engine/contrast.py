@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .generation import generate
 from .inputs import as_responses
 from .intervals import Estimate, bootstrap_mean, wilson
-from .judges import DEFAULT_JUDGE, WINDOW, Judge, check_judge, judged
+from .judges import DEFAULT_JUDGE, WINDOW, Judge, check_refusal_judge, judged
 from .limits import check_limits, check_seed
 from .margin import refusal_margins
 from .paired import paired_difference
@@ -71,7 +71,7 @@ def paired_columns(
 def contrast_report(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
-    judge: Judge = DEFAULT_JUDGE,  # True: the prompt was answered; a judge of refusals only
+    judge: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases
     system: str | None = None,  # system prompt; None: no system turn
     safe_responses: Sequence[str] | None = None,  # to the safe prompts; None: generated here
     unsafe_responses: Sequence[str] | None = None,  # to their twins; None: generated here
@@ -84,7 +84,7 @@ def contrast_report(
     Each is three columns and n, as in `safety_report`."""
     check_seed(seed)
     check_limits(window=window)
-    check_judge(judge)
+    check_refusal_judge(judge)
     safe, unsafe = (
         refused_each(model, tokenizer, prompts, judge, given, window, system=system, **generation)
         for prompts, given in zip(contrast_prompts(), (safe_responses, unsafe_responses))

@@ -41,6 +41,7 @@ from .margin import refusal_margin
 from .opening import read_table
 from .run import SsahError, progress
 from .states import check_in_memory, check_values
+from .template import check_tokenizer
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-008
 SHORT_SAFETY_PROMPT = (
@@ -120,7 +121,7 @@ def pair_losses(
     """Summed loss of each response in nats, and its number of tokens: float64 [pairs, 2].
 
     Raises `SsahError` naming the first row whose loss is NaN or infinite."""
-    check_in_memory(model)
+    check_in_memory(model, sums=True)
     sums = torch.zeros(len(encoded), dtype=torch.float64)
     with evaluating(model):
         for batch in progress(token_batches(encoded, max_tokens, model), "perplexity"):
@@ -167,6 +168,7 @@ def text_perplexity(
     if window == 1:
         raise SsahError("a window of one token predicts nothing; give at least window=2")
     check_seed(seed)
+    check_tokenizer(tokenizer)
     ids = tokenizer("\n\n".join(as_texts(text))).input_ids
     if len(ids) < 2:
         raise SsahError("the text has fewer than two tokens; pass a longer one")
@@ -281,7 +283,7 @@ def refused(judge: Judge, benign: list[dict], responses: list[str], window: int 
 
 def save_completions(path: str | Path | None, **said: Iterable[tuple[str, str]]):
     "Write (prompt, response) rows by kind as private JSON, for another judge. None: nothing."
-    if path is not None:
+    if path:
         write_private(path, {kind: list(pairs) for kind, pairs in said.items()})
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-030

@@ -78,6 +78,7 @@ class ExpertParts(SavedOwner):
         meta = {name: getattr(experts, name).to("meta") for name in FUSED}
         vars(self)["shell"] = unheard(with_weights(experts, meta))
         self.flags = {name: getattr(experts, name).requires_grad for name in FUSED}
+        self.shapes = {name: tuple(getattr(experts, name).shape) for name in FUSED}
         self.masks = dict[str, torch.Tensor]()
         for dim, name in enumerate(FUSED):
             self.keep_parts(name, dim, getattr(experts, name).detach(), frozen[name])

@@ -63,7 +63,7 @@ def remove_parts(path: Path):  # path: of a file or a folder
 # %% ../../nbs/engine/files.ipynb #files-008
 def as_path(path: str | Path) -> Path:
     "A path in which ~ is the user's home."
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))
 
 
 def make_folder(

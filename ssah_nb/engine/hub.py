@@ -284,6 +284,7 @@ class Shared(Loaded):
     def push_to_hub(
         self,
         repo_id: str,  # "owner/name", a repository of the hub; made when it is not there
+        *,
         commit_message: str | None = None,  # None: "Upload ", and what it is
         private: bool | None = None,  # whether a new repository is seen by its owner only
         revision: str | None = None,  # branch; None: main

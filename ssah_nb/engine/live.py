@@ -136,6 +136,7 @@ class Owner(nn.Module):
     "Stores weights in its own way; its state dict has the original's names and shapes."
 
     flags: dict[str, bool]  # name of a weight in the original -> its requires_grad there
+    shapes: dict[str, tuple[int, ...]]  # and its shape
     replaced = False  # True: no longer in a model
 
     def original(self, name: str) -> torch.Tensor:
@@ -167,7 +168,7 @@ class SavedOwner(Owner):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         for name in self.flags:
-            key, shape = prefix + name, tuple(self.original(name).shape)
+            key, shape = prefix + name, self.shapes[name]
             if key not in state_dict:
                 missing_keys.append(key)
             elif (got := tuple(state_dict[key].shape)) != shape:

@@ -220,7 +220,7 @@ def sequence_log_probabilities(
 
     Raises `SsahError` as `check_prompts`, and for logits that are not finite."""
     check_counts(batch_size=batch_size)
-    check_in_memory(model)
+    check_in_memory(model, sums=True)
     check_prompts(model, encoded, max(map(len, sequences)))
     scores = np.empty((len(encoded), len(sequences)))
     with evaluating(model):

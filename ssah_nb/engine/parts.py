@@ -125,6 +125,7 @@ class LinearParts(KeptParts):
         self.dim, self.permuted = dim, permuted
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.flags = {name: p.requires_grad for name, p in linear.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in linear.named_parameters()}
         self.keep_order(frozen.to(linear.weight.device))
         for name, p in linear.named_parameters():
             split = name == "weight" or dim == 0

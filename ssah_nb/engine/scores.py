@@ -224,7 +224,7 @@ def score_batches(
     alone: bool = False,  # as in `watched_moments`
 ) -> Statistics:
     "The score of every channel over these tokens."
-    check_in_memory(model)
+    check_in_memory(model, sums=True)
     chosen = METHODS[method]
     weights = {
         kind: torch.stack([chosen.weigh(model, module) for module in layers])

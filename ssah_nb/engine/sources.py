@@ -373,12 +373,12 @@ SOURCES |= {source.name: source for source in (*HUB_EVALUATION, *HUB_BENIGN)}
 
 def find_source(name: str) -> Source:  # a key of SOURCES
     "A source by its name. Raises `SsahError` that lists the known names."
-    if name.endswith((".csv", ".json", ".jsonl", ".txt")):
-        raise SsahError(
-            f"{name!r} is a file and no source; where pairs are wanted, pass a table, e.g. "
-            "pandas.read_csv(...)"
-        )
     if name not in SOURCES:
+        if str(name).endswith((".csv", ".json", ".jsonl", ".txt")):
+            raise SsahError(
+                f"{str(name)!r} is a file and no source; where pairs are wanted, pass a table, "
+                "e.g. pandas.read_csv(...)"
+            )
         raise SsahError(f"unknown dataset {name!r}; use one of {', '.join(SOURCES)}")
     source = SOURCES[name]
     if not isinstance(source, Source) or source.name != name:

@@ -98,9 +98,10 @@ def check_offloaded(
 def check_in_memory(
     model: nn.Module,  # any model
     train: bool = False,  # True: accelerate's offloading will not do
+    sums: bool = False,  # True: numbers will be summed in float64
 ):
     "Raise `SsahError` when weights are missing, or where there is no float64 to sum in."
-    if any(p.device.type == "mps" for p in model.parameters()):
+    if sums and any(p.device.type == "mps" for p in model.parameters()):
         raise SsahError(
             "this model is on Apple's MPS, which has no float64 to sum measurements in; move it "
             "first: model.to('cpu')"

@@ -21,6 +21,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# %% ../../nbs/engine/tasks.ipynb #tasks-imports-2
 from .data import local_task_file
 from .generation import evaluating
 from .intervals import wilson
@@ -28,6 +29,7 @@ from .limits import check_limits
 from .opening import read_arrow
 from .run import SsahError, progress
 from .states import check_in_memory, finite_logits
+from .template import check_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,7 +159,9 @@ def check_harness():
         import lm_eval.evaluator  # noqa: F401
         import lm_eval.tasks  # noqa: F401
     except ImportError:
-        raise SsahError("zero-shot tasks need lm-eval; pip install '.[run]'") from None
+        raise SsahError(
+            "zero-shot tasks need lm-eval: in the checkout, pip install '.[run]'"
+        ) from None
 
 
 def ask(
@@ -191,6 +195,7 @@ def zero_shot(
     check_tasks(tasks)
     check_limits(limit=limit, batch_size=batch_size)
     check_in_memory(model)
+    check_tokenizer(tokenizer)
     check_harness()
     from lm_eval.tasks import TaskManager
 
