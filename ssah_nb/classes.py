@@ -272,7 +272,7 @@ def prune(
     equal_widths: bool = False,  # True: plain transformers can load it; heads stay
 ) -> PreTrainedModel:
     "A smaller copy, equal to `pruned` in function. Raises `SsahError` where it would not be."
-    if hasattr(model.config, "ssah_kept"):
+    if hasattr(getattr(model, "config", None), "ssah_kept"):
         raise SsahError(
             "the model is pruned already; prune the original by both masks at once: first | second"
         )

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from .engine.evaluation import SYSTEM_PROMPTS, coherence_threshold, safety_report
+from .engine.files import as_path
 from .engine.models import CHATML, load_model, load_stage, save_model
 from .engine.opening import reason
 from .engine.run import Run, SsahError, write_atomic
@@ -34,7 +35,7 @@ def lent_template(lender: str) -> str:  # a hub id or a folder; others lend Chat
 # %% ../nbs/00_start.ipynb #00-start-identity
 def identity(name: str, model: PreTrainedModel) -> dict[str, str]:  # name: as in `load_model`
     "The sha256 of a model's weight files, joined in the order of their names, or its commit."
-    path = Path(name)
+    path = as_path(name)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         commit = getattr(model.config, "_commit_hash", None)
