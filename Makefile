@@ -29,7 +29,7 @@ PROFILES = $(sort $(patsubst workflow/profiles/%/config.yaml,%,$(wildcard workfl
 BIN = .venv/bin
 USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
-BESIDE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # tests of several files at once
+BESIDE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # several files at once; passive: their threads wait asleep
 
 .PHONY: reproduce test test-quick lint types coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run help
 
@@ -55,10 +55,10 @@ help:
 	@sed -n -e '/^#/!q' -e 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 test: lint types
-	@exec $(BIN)/python -m pytest $(BESIDE) --durations=10
+	@OMP_WAIT_POLICY=passive exec $(BIN)/python -m pytest $(BESIDE) --durations=10
 
 test-quick: lint types  ## without those that take long
-	@exec $(BIN)/python -m pytest $(BESIDE) -m 'not slow and not network and not browser and not install'
+	@OMP_WAIT_POLICY=passive exec $(BIN)/python -m pytest $(BESIDE) -m 'not slow and not network and not browser and not install'
 
 lint: $(READY)  ## line length, unused imports, undefined names
 	@$(BIN)/ruff check --quiet nbs ssah_nb tests workflow benchmarks docs

@@ -130,6 +130,9 @@ def test_units_and_their_size(architecture):
     whole = sum(w.numel() for _, e in blocks(model) for w in e.parameters())
     heads = sum(w.numel() for n, w in model.named_parameters() if n.endswith("_proj.weight"))
     heads -= sum(w.numel() for n, w in model.named_parameters() if "shared_expert." in n)
+    named = [(n, w) for n, w in model.named_parameters() if "self_attn" in n]
+    heads += sum(w.numel() for n, w in named if n.endswith(("q_proj.bias", "k_proj.bias")))
+    heads += sum(w.numel() for n, w in named if n.endswith("v_proj.bias"))
     assert share["parameters"] == (whole + heads) / model.num_parameters()
 
 

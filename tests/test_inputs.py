@@ -188,7 +188,7 @@ BAD_ROWS = {  # what is no prompt and no pair, and the words that the error must
     "bytes": (b"Hi", "one bytes was given"),
     "nothing": (None, "NoneType was given"),
     "a number": (7, "int was given"),
-    "a file": (Path("rows.json"), "a file was given .* load_pairs"),
+    "a file": (Path("rows.json"), "a file was given .*read_csv"),
     "a set": ({"Hi"}, "a set of .* has no order"),
     "one row": (PAIRS[0], "one row was given .* put it in a list"),
     "one chat": (chats()[0], "one row was given"),
