@@ -29,7 +29,8 @@ PROFILES = $(sort $(patsubst workflow/profiles/%/config.yaml,%,$(wildcard workfl
 BIN = .venv/bin
 USERS_MODEL = $(foreach word,PROFILE MODEL NAME ALIGNED,'$(subst ','\'',$($(word)))')
 READY = .venv/.ready
-BESIDE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # several files at once; passive: their threads wait asleep
+# tests of several files at once; OMP_WAIT_POLICY=passive lets their threads wait asleep
+BESIDE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: reproduce test test-quick lint types coverage docs verify drill test-browser test-install test-slurm outputs export readme lab lock clean-run help
 
