@@ -7,6 +7,12 @@ import pytest
 
 os.environ.setdefault("SSAH_PROGRESS", "0")  # before ssah_nb is imported
 sys.path.append(str(Path(__file__).parent.parent / "workflow"))  # its scripts can be imported
+LONGEST = ("test_smoke.py", "test_readme.py", "test_drill.py", "test_users_model.py")
+
+
+def pytest_collection_modifyitems(items):
+    "The longest files come first: at the end no worker waits for another one."
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
