@@ -1,6 +1,7 @@
 """The search for the share of SCU."""
 
 import inspect
+import math
 
 import pytest
 from helpers_units import made_up
@@ -84,7 +85,7 @@ def test_the_limit_is_the_largest_rise_that_the_paper_prints():
     }
     rises = [after / before for before, after in perplexities.values()]
     default = inspect.signature(search_scu).parameters["max_perplexity_ratio"].default
-    assert max(rises) <= default < max(rises) + 0.01
+    assert default == math.ceil(100 * max(rises)) / 100
 
 
 def test_what_the_search_refuses():

@@ -12,10 +12,10 @@ from torch import nn
 
 import ssah_nb as ssah
 from ssah_nb import SsahError
+from ssah_nb.engine import run
 from ssah_nb.engine.anchors import check_trainer
 from ssah_nb.engine.models import tiny_model
 from ssah_nb.engine.origin import weights_hash
-from ssah_nb.engine.run import pick_mixed
 from ssah_nb.engine.states import check_in_memory
 
 PAIRS = pairs("No")
@@ -91,12 +91,12 @@ def test_sharding_that_accelerate_was_launched_with_is_refused(monkeypatch):
         check_trainer(ANCHOR, tiny_model(), args, state)
 
 
-def test_mixed_auto_is_decided():
-    losses = {
-        mixed: ssah.finetune(tiny_model(), TOKENIZER, PAIRS, mixed=mixed).loss.tolist()
-        for mixed in ("auto", pick_mixed("auto", "cpu"))
-    }
-    assert len(set(map(tuple, losses.values()))) == 1
+def test_mixed_auto_is_decided(monkeypatch):
+    losses = lambda mixed: ssah.finetune(tiny_model(), TOKENIZER, PAIRS, mixed=mixed).loss.tolist()
+    assert losses(True) != losses(False)
+    for speed, mixed in ((1.0, False), (2.0, True)):
+        monkeypatch.setattr(run, "bfloat16_speed", lambda: speed)
+        assert losses("auto") == losses(mixed)
     with pytest.raises(SsahError, match="mixed='yes'"):
         ssah.finetune(tiny_model(), TOKENIZER, PAIRS, mixed="yes")
 
@@ -140,3 +140,5 @@ def test_refusals_of_harmless_prompts_are_not_counted_by_a_function():
 def test_a_text_and_a_task_need_a_tokenizer():
     with pytest.raises(SsahError, match="is no tokenizer"):
         ssah.text_perplexity(tiny_model(), None, "a b c")
+    with pytest.raises(SsahError, match="is no tokenizer"):
+        ssah.zero_shot(tiny_model(), None, ["rte"])

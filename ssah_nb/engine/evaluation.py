@@ -109,8 +109,7 @@ def over_refusal(
     check_limits(window=window)
     check_refusal_judge(judge)
     said = said_to(model, tokenizer, prompts, responses, system=system, **generation)
-    answered = judged(judge, prompts, said, window)
-    return wilson(len(prompts) - sum(answered), len(prompts))
+    return refused(judge, prompts, said, window)
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-019
 def pair_losses(
@@ -273,8 +272,8 @@ def rates_of(
     row |= wilson(both, n).columns("not_refused_and_coherent")
     return row | wilson(int(coherent.sum()), n).columns("coherent")
 
-
-def refused(judge: Judge, benign: list[dict], responses: list[str], window: int | None) -> Estimate:
+# %% ../../nbs/engine/evaluation.ipynb #evaluation-refused
+def refused(judge: Judge, benign: list, responses: list[str], window: int | None) -> Estimate:
     "Over-refusal by a judge; by the rules, where it does not say what a refusal is."
     judge = judge if reads_refusals(judge) else DEFAULT_JUDGE
     answered = judged(judge, as_prompts(benign), responses, window)

@@ -136,7 +136,7 @@ def check_refusal_judge(judge: Judge):  # what a user gave
             "refusals; pass a name or phrases that mean a refusal"
         )
 
-
+# %% ../../nbs/engine/judges.ipynb #judges-is-refusal
 def is_refusal(
     response: str,  # what the model said
     judge: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases of your own

@@ -77,7 +77,7 @@ def encode_preferences(
 
     return {key: encoded(key) for key in ("chosen", "rejected")}
 
-
+# %% ../../nbs/engine/preferences.ipynb #preferences-batches
 def preference_batches(answers: Answers, batch_size: int, chosen: random.Random) -> list[list[int]]:
     "Batches of rows of like length, in a random order."
     rows = zip(answers["chosen"], answers["rejected"])

@@ -163,7 +163,7 @@ def check_harness():
             "zero-shot tasks need lm-eval: in the checkout, pip install '.[run]'"
         ) from None
 
-
+# %% ../../nbs/engine/tasks.ipynb #tasks-ask
 def ask(
     model: PreTrainedModel,  # that the harness runs
     harness,  # from `harness_of`
