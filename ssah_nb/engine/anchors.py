@@ -6,7 +6,7 @@
 __all__ = ['STEPPED', 'STEPPING', 'OPTIONS', 'turn', 'without_dropout', 'listening', 'answer_logits', 'behaviour',
            'check_lengths', 'behaviour_on_all', 'check_options', 'remember_step', 'trained_by', 'check_untrained',
            'shape_of', 'check_shape', 'Drift', 'named_units', 'is_ids', 'is_encoded', 'check_facts_of_anchor',
-           'references_in', 'check_trainer', 'check_reaches', 'AnchorCallback']
+           'references_in', 'shards_weights', 'check_trainer', 'check_reaches', 'AnchorCallback']
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-002
 import gc
@@ -287,6 +287,12 @@ def references_in(
     return [{name.partition(".")[2]: tensors[name] for name in some} for some in names]
 
 # %% ../../nbs/engine/anchors.ipynb #2b7a3a1b
+def shards_weights(args) -> bool:  # args: a trainer's `TrainingArguments`
+    "Whether DeepSpeed or FSDP is on, by the arguments or by `accelerate launch`."
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return bool(args.deepspeed or args.fsdp or launched or getattr(args, "deepspeed_plugin", None))
+
+# %% ../../nbs/engine/anchors.ipynb #anchors-check-trainer
 def check_trainer(
     anchor,  # an `Anchor`
     model: PreTrainedModel,  # the model that is trained
@@ -296,8 +302,7 @@ def check_trainer(
     "Raise `SsahError` for a training that this anchor cannot join."
     if args.fp16:
         raise SsahError("an anchor cannot join training in float16; use bf16=True")
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
-    if args.deepspeed or args.fsdp or launched or getattr(args, "deepspeed_plugin", None):
+    if shards_weights(args):
         raise SsahError(
             "an anchor needs whole weights, and DeepSpeed or FSDP shards them; "
             "train with several processes without sharding (DDP)"

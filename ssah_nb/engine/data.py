@@ -148,8 +148,7 @@ def load_pairs(
 ) -> list[dict]:
     """{"prompt", "response"} rows; the response is "" where the source has none.
 
-    A `split` may hold prompts that `load_model("aligned")` was trained on. Evaluate that model on
-    `embedded_splits()["harmful", "evaluate"]` instead.
+    A `split` may hold what `load_model("aligned")` has learned; `embedded_splits()` has others.
     Raises `SsahError` for an unknown name, split or source, or when the data cannot be had."""
     known = find_source(name)
     if split is not None and split not in known.splits:

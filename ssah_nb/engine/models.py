@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHATML', 'ARCHITECTURES', 'MIXTURES', 'TINY_SIZES', 'TINY_EXPERTS', 'EMBEDDED', 'OF_A_MODEL', 'tiny_tokenizer',
            'tiny_model', 'hush', 'dequantized', 'read_gguf', 'load_gguf', 'read_pretrained', 'load_pretrained',
-           'check_finite', 'load_named', 'check_revision', 'load_model', 'put_back', 'replace_folder', 'check_merged',
+           'check_finite', 'load_named', 'checked_name', 'load_model', 'put_back', 'replace_folder', 'check_merged',
            'check_replaceable', 'save_model', 'given_stage', 'stage_name', 'load_stage', 'is_mixed']
 
 # %% ../../nbs/engine/models.ipynb #models-002
@@ -230,11 +230,13 @@ def load_named(
     return load_pretrained(name, dtype, spread, revision)
 
 # %% ../../nbs/engine/models.ipynb #a50f8504
-def check_revision(name: str | Path, revision: str | None):
-    "Raise `SsahError` for a revision of something that is not on the hub."
+def checked_name(name: str | Path, revision: str | None) -> str | Path:
+    "The name, ~ as a path. Raises `SsahError` for a revision of what is not on the hub."
+    name = as_path(name) if str(name).startswith("~") else name
     here = name in ("embedded", "aligned", "tiny") or Path(name).suffix == ".gguf"
     if revision and (here or Path(name).exists()):
         raise SsahError(f"{name} is not on the hub and has no revision={revision!r}; leave it out")
+    return name
 
 # %% ../../nbs/engine/models.ipynb #models-load-model
 def load_model(
@@ -245,8 +247,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A chat model in evaluation mode, and its tokenizer. Raises `SsahError` for a broken model."
     check_kind(name, str | Path, "names no model; give a hub id, a folder or a .gguf file")
-    name = as_path(name) if str(name).startswith("~") else name
-    check_revision(name, revision)
+    name = checked_name(name, revision)
     hush()
     spread = device == "spread"
     where = pick_device("auto" if spread else device)

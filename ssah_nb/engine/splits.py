@@ -312,9 +312,8 @@ def make_splits(
     sizes: dict | None = None,  # rows of each split: overrides of SIZES
     max_words: int = 80,  # words; longer benign prompts are left out, to save CPU time
 ) -> Splits:
-    """The fixed, seeded, disjoint splits of a run. Raises `SsahError` on overlap or too few rows.
-
-    Without `sizes` they take 520 harmful and 1,428 benign rows (`SIZES`)."""
+    """The seeded, disjoint splits of a run; by default of 520 harmful and 1,428 benign rows.
+    Raises `SsahError` on overlap or too few rows."""
     check_seed(seed)
     check_counts(max_words=max_words)
     splits: Pairs = {}

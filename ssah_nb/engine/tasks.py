@@ -203,6 +203,5 @@ def zero_shot(
         write_tasks(tasks, Path(folder), limit)
         manager = TaskManager(include_path=folder, include_defaults=False)
         harness = harness_of(model, tokenizer, batch_size)
-        asked = progress(tasks, "zero-shot")
-        rows = [score_row(task, ask(model, harness, manager, task)) for task in asked]
+        rows = [score_row(t, ask(model, harness, manager, t)) for t in progress(tasks, "zero-shot")]
     return pd.DataFrame(rows)
