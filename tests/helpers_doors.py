@@ -8,11 +8,11 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import run_chapter
+import profile_values
 from helpers_doors_models import FOLDERS, GGUF, MODEL, PRUNED, TOKENIZER, USERS_MODEL
 from helpers_hostile import DEEP, Door, write
 from helpers_units import random_mask
-from run_chapter import ProfileError
+from profile_values import ProfileError
 
 import ssah_nb
 from ssah_nb import Importance, SsahError, Splits, UnitMap, load_pairs
@@ -192,7 +192,7 @@ PROFILE = "workflow/profiles/mine/parameters.yaml"
 
 def use_profile(folder: Path):
     os.chdir(folder)
-    run_chapter.read_profile("mine"), run_chapter.machine("mine")
+    profile_values.read_profile("mine"), profile_values.machine("mine")
 
 
 def make_profile(folder: Path):

@@ -10,7 +10,7 @@ import torch
 import users_model
 from helpers_hostile import Door, write
 from helpers_units import random_mask
-from run_chapter import ProfileError
+from profile_values import ProfileError
 from test_models import Evil, write_gguf
 
 from ssah_nb import SsahError, load_model, load_pruned

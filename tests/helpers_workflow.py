@@ -39,7 +39,7 @@ def cells(*sources):
 PARAMETERS_CELL = """
 profile = "smoke"  # name of the run
 seed = 1  # seed
-seconds = 0  # how long to wait
+seconds = 0.0  # how long to wait
 """
 START_CELL = """
 import os, time

@@ -86,7 +86,7 @@ def test_page_of_the_site(browser, site, name):
 def lab(tmp_path_factory):
     """JupyterLab over a copy of the notebooks, whose parameters are the smoke profile's."""
     sys.path.insert(0, str(ROOT / "workflow"))
-    from run_chapter import profile_parameters
+    from profile_values import profile_parameters
 
     folder, port = tmp_path_factory.mktemp("lab"), free_port()
     shutil.copytree(ROOT / "nbs", folder / "nbs")

@@ -11,12 +11,13 @@ from scipy import stats
 from ssah_nb.engine.paired import (
     clustered_p,
     differences,
+    half_width,
     holm,
     mcnemar,
     paired_difference,
     paired_mean,
     resampled,
-    spread,
+    variances,
 )
 from ssah_nb.engine.run import SsahError
 from ssah_nb.engine.verdicts import verdict_of
@@ -46,10 +47,13 @@ def test_small_cases_are_exact(orders, prompts):
     assert np.allclose(np.sort(found), np.sort(slow_resamples(d, w)))
     value = paired_difference(np.zeros(prompts), d, w)
     assert value.value == pytest.approx(d.mean(0).sum() / w.sum())
-    factor = stats.t.ppf(0.975, spread(d, w)[1]) / stats.norm.ppf(0.975)
+    reach = half_width(d, w)
+    factor = reach / (stats.norm.ppf(0.975) * math.sqrt(sum(variances(d, w))))
     ends = np.quantile(slow_resamples(d, w), [0.025, 0.975])
-    wanted = value.value + factor * (ends - value.value)
-    assert (value.low, value.high) == pytest.approx(tuple(wanted))
+    low, high = value.value + factor * (ends - value.value)
+    if orders == 2:
+        low, high = min(low, value.value - reach), max(high, value.value + reach)
+    assert (value.low, value.high) == pytest.approx((low, high))
 
 
 def test_many_draws_are_those_of_slow_resampling():
@@ -71,8 +75,11 @@ def test_the_two_variances_by_loops():
     rows, columns = [d[o].mean() for o in range(3)], [d[:, p].mean() for p in range(7)]
     of_rows = sum((x - mean) ** 2 for x in rows) / 2 / 3
     of_columns = sum((x - mean) ** 2 for x in columns) / 6 / 7
-    freedom = (of_rows + of_columns) ** 2 / (of_rows**2 / 2 + of_columns**2 / 6)
-    assert spread(d, np.ones(7)) == pytest.approx((math.sqrt(of_rows + of_columns), freedom))
+    assert variances(d, np.ones(7)) == pytest.approx((of_rows, of_columns))
+    reach = math.hypot(
+        stats.t.ppf(0.95, 2) * math.sqrt(of_rows), stats.t.ppf(0.95, 6) * math.sqrt(of_columns)
+    )
+    assert half_width(d, np.ones(7), 0.1) == pytest.approx(reach)
     one = d[:1]
     assert clustered_p(np.zeros(7), one) == pytest.approx(stats.ttest_1samp(one[0], 0).pvalue)
 
@@ -92,6 +99,27 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         found = paired_difference(before, after, draws=400)
         covered += found.low <= truth <= found.high
     assert 0.89 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize("orders, least", [(2, 0.01), (3, 0.02), (5, 0.02)])
+def test_two_equal_ways_differ_in_about_one_study_of_twenty(orders, least):
+    chosen, found, studies = np.random.default_rng(6), 0, 600
+    for _ in range(studies):
+        of_prompts = 1.5 * chosen.normal(size=130)
+        ways = []
+        for _ in range(2):  # each with orders of its own
+            z = 0.8 * chosen.normal(size=(orders, 1)) + of_prompts
+            ways.append(chosen.random((orders, 130)) < 1 / (1 + np.exp(-z)))
+        found += clustered_p(*ways) < 0.05
+    assert least < found / studies < 0.08
+
+
+def test_p_is_the_level_of_the_interval_that_ends_at_nothing():
+    chosen = np.random.default_rng(7)
+    d = 0.4 + chosen.normal(size=(3, 1)) * 0.3 + chosen.normal(size=(3, 40))
+    p = clustered_p(np.zeros(40), d)
+    assert half_width(d, np.ones(40), p) == pytest.approx(abs(d.mean()))
+    assert 1e-9 < p < 0.5
 
 
 def test_one_order_of_answers_is_mcnemars():

@@ -9,12 +9,13 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import profile_values
 import run_chapter
 import torch
 import users_model
 import yaml
 from helpers import one_line
-from run_chapter import ProfileError
+from profile_values import ProfileError
 from run_config import config_of
 
 from ssah_nb.engine.alignment import make_aligned
@@ -182,8 +183,8 @@ def test_a_model_on_the_hub_is_known_by_its_files(project, files, refused, monke
             users_model.prepare("smoke", "org/m")
         return
     run = users_model.prepare("smoke", "org/m")
-    assert run_chapter.read_profile(run)["hub"] is True
-    assert run_chapter.profile_parameters(run)["00_start"]["model_name"] == "org/m"
+    assert profile_values.read_profile(run)["hub"] is True
+    assert profile_values.profile_parameters(run)["00_start"]["model_name"] == "org/m"
 
 
 def test_make_refuses_a_wrong_model_with_status_2():
@@ -202,15 +203,15 @@ def test_make_refuses_a_wrong_model_with_status_2():
 def test_a_run_is_the_profile_with_another_model(mine):
     run = users_model.prepare("smoke", str(mine), aligned="no")
     assert run == "smoke-My-model-v2"
-    base, own = (run_chapter.profile_parameters(name) for name in ("smoke", run))
+    base, own = (profile_values.profile_parameters(name) for name in ("smoke", run))
     model = {"model_name": str(mine), "revision": "", "aligned_model": "", "aligned": "no"}
     assert own["00_start"] == base["00_start"] | model | {"profile": run}
     changed = {"02_probe": {"aligned_model": ""}}
     for chapter in list(base)[1:]:
         profile = {"profile": run} if base[chapter] else {}
         assert own[chapter] == base[chapter] | profile | changed.get(chapter, {})
-    assert run_chapter.machine(run) == run_chapter.machine("smoke")
-    settings = run_chapter.read_profile(run)
+    assert profile_values.machine(run) == profile_values.machine("smoke")
+    settings = profile_values.read_profile(run)
     assert settings["model_files"] == [str(mine / "model.safetensors")]  # newer ones run anew
     assert config_of("smoke", run) == [f"profile={run}"]
     assert config_of("llama2-7b", "x") == ["profile=x", "gpu=1"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import drill
 import nbformat
 import pytest
+import profile_values
 import run_chapter
 import users_model
 from helpers_workflow import PARAMETERS, TARGET, command, make_project, run
@@ -48,6 +49,12 @@ def test_help_lists_what_the_makefile_can_do():
         ),
         ("01_unit: {seed: 3}", ["unknown chapter '01_unit'", "known: 00_start, 01_units"]),
         ("common: {sead: 3}", ["no chapter has the common parameter 'sead'"]),
+        ("01_units: {seed: -3}", ["01_units: seed is -3, and the notebook has 1"]),
+        ("common: {seed: '3'}", ["seed is '3', and the notebook has 1; give a value of that kind"]),
+        ("01_units: {seed: }", ["seed is None"]),
+        ("01_units: {seconds: 1e-3}", ["seconds is '1e-3'", "write 1.0e-3"]),
+        ("last: [01_units]", ["last is ['01_units']; give one name"]),
+        ("model_files: 3", ["model_files is 3; give a list of paths"]),
         (
             "machine: {devise: cpu}",
             ["machine has no devise", "it has: device, dtype, mixed, at_once"],
@@ -81,24 +88,72 @@ def longer(project, monkeypatch):
 
 
 def test_profile_that_extends_another_changes_what_it_names(longer):
-    assert run_chapter.profile_parameters(longer) == {
+    assert profile_values.profile_parameters(longer) == {
         "00_start": {"profile": "longer", "seed": 0},
         "01_units": {"profile": "longer", "seed": 7},
     }
-    assert run_chapter.machine("smoke") == {"SSAH_DEVICE": "cpu", "SSAH_MIXED": "False"}
-    assert run_chapter.machine(longer) == {"SSAH_DEVICE": "cpu", "SSAH_MIXED": "True"}
+    assert profile_values.machine("smoke") == {"SSAH_DEVICE": "cpu", "SSAH_MIXED": "False"}
+    assert profile_values.machine(longer) == {"SSAH_DEVICE": "cpu", "SSAH_MIXED": "True"}
+
+
+def test_common_parameters_win_over_those_that_the_other_profile_gives_a_chapter(longer, project):
+    (project / PARAMETERS).write_text("common: {seed: 0}\n01_units: {seed: 5, seconds: 0.5}\n")
+    own = project / "workflow/profiles/longer/parameters.yaml"
+    own.write_text("extends: smoke\ncommon: {seed: 7}\n")
+    assert profile_values.profile_parameters(longer) == {
+        "00_start": {"profile": "longer", "seed": 7},
+        "01_units": {"profile": "longer", "seed": 7, "seconds": 0.5},
+    }
+    own.write_text("extends: smoke\ncommon: {seed: 7}\n01_units: {seed: 8}\n")
+    assert profile_values.profile_parameters(longer)["01_units"]["seed"] == 8
+
+
+def test_parameters_from_outside_win_and_a_change_of_them_runs_their_chapter_anew(
+    longer, project, monkeypatch
+):
+    monkeypatch.setenv("SSAH_PARAMETERS", '{"01_units": {"seed": 9}}')
+    assert profile_values.profile_parameters(longer)["01_units"]["seed"] == 9
+    assert profile_values.profile_parameters(longer)["00_start"]["seed"] == 0
+    for said, words in (
+        ('{"1_units": {"seed": 9}}', "SSAH_PARAMETERS: unknown chapter '1_units'"),
+        ('{"01_units": {"sed": 9}}', "SSAH_PARAMETERS: 01_units has no parameter 'sed'"),
+        ('{"01_units": 3}', "is not usable; give JSON such as"),
+    ):
+        monkeypatch.setenv("SSAH_PARAMETERS", said)
+        with pytest.raises(profile_values.ProfileError, match=words):
+            profile_values.profile_parameters(longer)
+
+
+def test_a_chapter_that_no_rule_runs_is_refused(project):
+    shutil.copy(project / "nbs/01_units.ipynb", project / "nbs/10_mine.ipynb")
+    (project / PARAMETERS).write_text("10_mine: {seed: 3}\n")
+    result = run(command(TARGET), project)
+    assert result.returncode != 0
+    assert "error: 10_mine has no line in NEEDS of workflow/Snakefile" in result.stdout
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_data_of_the_hub_need_a_run_that_may_ask_it(profile, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
+    (tmp_path / "nbs").symlink_to(ROOT / "nbs")
+    monkeypatch.chdir(tmp_path)
+    path = Path(f"workflow/profiles/{profile}/parameters.yaml")
+    path.write_text(f"extends: {profile}2\nhub: false\n00_start: {{source: hub}}\n")
+    shutil.copytree(ROOT / f"workflow/profiles/{profile}", path.parent.with_name(f"{profile}2"))
+    with pytest.raises(profile_values.ProfileError, match="00_start has source: hub; then say hub"):
+        profile_values.profile_parameters(profile)
 
 
 def test_a_profile_runs_under_its_own_name_and_keeps_what_it_does_not_change(longer, project):
     settings = project / "workflow/profiles/longer/parameters.yaml"
     settings.write_text("extends: smoke\ncommon:\n01_units: {seed: 7}\n")
-    assert run_chapter.profile_parameters(longer) == {
+    assert profile_values.profile_parameters(longer) == {
         "00_start": {"profile": "longer", "seed": 0},
         "01_units": {"profile": "longer", "seed": 7},
     }
     settings.write_text("extends: smoke\ncommon: {profile: smoke}\n")
-    with pytest.raises(run_chapter.ProfileError, match="profile: smoke; take that line out"):
-        run_chapter.profile_parameters(longer)
+    with pytest.raises(profile_values.ProfileError, match="profile: smoke; take that line out"):
+        profile_values.profile_parameters(longer)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +168,8 @@ def test_a_profile_runs_under_its_own_name_and_keeps_what_it_does_not_change(lon
 def test_a_value_that_no_machine_has_is_refused(longer, project, line, words):
     settings = project / "workflow/profiles/longer/parameters.yaml"
     settings.write_text(f"extends: smoke\n{line}\n")
-    with pytest.raises(run_chapter.ProfileError, match=words):
-        run_chapter.machine(longer)
+    with pytest.raises(profile_values.ProfileError, match=words):
+        profile_values.machine(longer)
 
 
 def test_a_chapter_runs_with_the_machine_of_its_profile(longer, project):
@@ -134,15 +189,17 @@ def test_a_chapter_runs_with_the_machine_of_its_profile(longer, project):
 def test_a_name_that_a_profile_gives_twice_is_refused(longer, project, text, where):
     settings = project / "workflow/profiles/longer/parameters.yaml"
     settings.write_text(text)
-    with pytest.raises(run_chapter.ProfileError, match=f"parameters.yaml.*: {where} a second time"):
-        run_chapter.read_profile(longer)
+    with pytest.raises(
+        profile_values.ProfileError, match=f"parameters.yaml.*: {where} a second time"
+    ):
+        profile_values.read_profile(longer)
 
 
 def test_a_profile_can_ask_for_every_device_that_a_model_can_have(longer, project):
     settings = project / "workflow/profiles/longer/parameters.yaml"
     for device in ("auto", "cpu", "cuda", "cuda:1", "spread"):
         settings.write_text(f"extends: smoke\nmachine: {{device: '{device}'}}\n")
-        assert run_chapter.machine(longer)["SSAH_DEVICE"] == device
+        assert profile_values.machine(longer)["SSAH_DEVICE"] == device
 
 
 def rows_of(page: str, heading: str) -> list[str]:
@@ -159,7 +216,7 @@ def test_every_variable_that_is_read_stands_in_the_table():
     files = [path for folder, name in folders for path in (ROOT / folder).rglob(name)]
     text = "\n".join(path.read_text() for path in [*files, ROOT / "Makefile"])
     read = set(re.findall(r"\bSSAH_[A-Z_]+", text))
-    read |= {f"SSAH_{name.upper()}" for name in run_chapter.VALUES}
+    read |= {f"SSAH_{name.upper()}" for name in profile_values.VALUES}
     assert {"SSAH_CACHE", "SSAH_PARAMETERS", "SSAH_AT_ONCE", "SSAH_MAKE"} <= read
     assert sorted(rows_of("nbs/engine/run.ipynb", "Settings from outside")) == sorted(read)
 
@@ -167,21 +224,21 @@ def test_every_variable_that_is_read_stands_in_the_table():
 def test_every_section_of_a_profile_stands_in_the_table():
     rows = rows_of("nbs/engine/run.ipynb", "What a profile says")
     files = (ROOT / "workflow/profiles").glob("*/parameters.yaml")
-    said = {name for path in files for name in run_chapter.read_settings(path)}
+    said = {name for path in files for name in profile_values.read_settings(path)}
     said |= users_model.own_profile("smoke", "org/model", [], "auto", "smoke-model").keys()
-    named = said - set(run_chapter.notebooks()) - {"machine"}
-    machine = {f"machine: {name}" for name in run_chapter.VALUES}
+    named = said - set(profile_values.notebooks()) - {"machine"}
+    machine = {f"machine: {name}" for name in profile_values.VALUES}
     assert set(rows) == named | machine | {"04_classes, ..."}
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_names_parameters_that_the_chapters_have(profile, monkeypatch):
     monkeypatch.chdir(ROOT)
-    parameters = run_chapter.profile_parameters(profile)
-    assert list(parameters) == run_chapter.notebooks()
+    parameters = profile_values.profile_parameters(profile)
+    assert list(parameters) == profile_values.notebooks()
     assert all(values["profile"] == profile for values in parameters.values() if values)
     known = {"SSAH_DEVICE", "SSAH_DTYPE", "SSAH_MIXED", "SSAH_AT_ONCE"}
-    assert set(run_chapter.machine(profile)) <= known
+    assert set(profile_values.machine(profile)) <= known
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -191,7 +248,7 @@ def test_every_profile_can_be_copied(profile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("workflow/profiles")
     shutil.copytree(folder / profile, folder / "mine")
-    original, copied = (run_chapter.profile_parameters(name) for name in (profile, "mine"))
+    original, copied = (profile_values.profile_parameters(name) for name in (profile, "mine"))
     for chapter, values in original.items():
         assert copied[chapter] == values | ({"profile": "mine"} if values else {})
 

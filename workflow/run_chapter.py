@@ -33,8 +33,16 @@ import nbformat
 import papermill
 import psutil
 from one_run import chapter_held, interrupted_once, temporary, write_whole
+from profile_values import (
+    ProfileError,
+    chapters,
+    machine,
+    notebooks,
+    profile_parameters,
+    read_profile,
+)
 
-from ssah_nb.engine.opening import MOST, parse_yaml, read_json, read_text
+from ssah_nb.engine.opening import read_json
 
 ENVIRONMENT = {
     "IN_TEST": "1",  # nbdev leaves the exporting cells of a notebook alone
@@ -51,145 +59,7 @@ ENVIRONMENT = {
 
 LEFT_OUT = "needs an unaligned model, and this run began with an aligned one"
 
-BESIDE = ("protection",)
-
-VALUES = {  # of machine:
-    "device": (r"auto|cpu|spread|(cuda|mps|xpu)(:\d+)?", "auto, cpu, cuda, cuda:1 or spread"),
-    "dtype": ("auto|float32|bfloat16|float16", "auto, float32, bfloat16 or float16"),
-    "mixed": ("auto|true|false", "true, false or auto"),
-    "at_once": (r"\d{1,4}", "a whole number; 0 means the default"),
-}
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class ProfileError(ValueError):
-    """A profile that cannot be run; the message is one line."""
-
-
-def chapters() -> list[str]:
-    return sorted(path.stem for path in Path("nbs").glob("[0-9][0-9]_*.ipynb"))
-
-
-def notebooks() -> list[str]:
-    """The chapters, and the pages beside them that a profile may ask for."""
-    return chapters() + [name for name in BESIDE if Path(f"nbs/{name}.ipynb").exists()]
-
-
-def profile_path(profile: str) -> Path:
-    """The file of a profile, or of a run on a model of the user's (`users_model.py`)."""
-    folder, own = Path("workflow/profiles"), Path(f"runs/{profile}/profile.yaml")
-    known = sorted(path.parent.name for path in folder.glob("*/parameters.yaml"))
-    if profile in known:
-        return folder / profile / "parameters.yaml"
-    if not own.exists():
-        raise ProfileError(f"unknown profile {profile!r}; known: {', '.join(known)}")
-    return own
-
-
-def read_settings(path: Path) -> dict:
-    """What one file of settings says. Raises `ProfileError` for what is none."""
-    plain = ("extends", "hub", "last", "model_files")  # the others hold named values
-    try:
-        settings = parse_yaml(read_text(path, MOST["yaml"])) or {}
-    except ValueError as error:
-        raise ProfileError(f"{path} cannot be read: {error}") from None
-    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise ProfileError(f"{path} holds no settings; write names and values, such as 'hub: true'")
-    for name in settings.keys() - set(plain):
-        inner = settings[name] or {}
-        if not isinstance(inner, dict) or not all(isinstance(key, str) for key in inner):
-            raise ProfileError(
-                f"{path}: {name} holds no named values; write 'name: value' under it"
-            )
-    return settings
-
-
-def read_profile(profile: str, extended: tuple[str, ...] = ()) -> dict:
-    """The settings of a profile; with `extends: other`, what it does not say is as in the other."""
-    if not isinstance(profile, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", profile):
-        raise ProfileError(f"{str(profile)[:40]!r} is no name of a profile")
-    if profile in extended:
-        raise ProfileError(f"profile {profile!r} extends itself; take 'extends' out of one of them")
-    said = read_settings(profile_path(profile))
-    settings = {name: value for name, value in said.items() if value is not None}
-    other = settings.pop("extends", None)
-    base = read_profile(other, (*extended, profile)) if other else {}
-    both = {
-        key: (base[key] or {}) | settings[key]
-        for key in base.keys() & settings.keys()
-        if isinstance(settings[key], dict)
-    }
-    return base | settings | both
-
-
-def check_name(profile: str) -> None:
-    """Raise `ProfileError` where a profile's own file gives its run another name."""
-    where = profile_path(profile)
-    for section, values in read_settings(where).items():
-        said = values.get("profile", profile) if isinstance(values, dict) else profile
-        if said != profile:
-            raise ProfileError(
-                f"{where}: {section} says profile: {said}; take that line out, "
-                f"as the run of this profile is called {profile!r}"
-            )
-
-
-def profile_parameters(profile: str) -> dict[str, dict]:
-    """The parameters of every chapter. A common parameter goes to each chapter that has it.
-
-    `profile`, the name of the run, is always this profile's and never that of one it extends.
-    """
-    settings = read_profile(profile)
-    check_name(profile)
-    where = profile_path(profile)
-    common = settings.get("common") or {}
-    has = {
-        chapter: list(papermill.inspect_notebook(f"nbs/{chapter}.ipynb")) for chapter in notebooks()
-    }
-    for key in settings.keys() - {"hub", "common", "machine", "model_files", "last"} - has.keys():
-        raise ProfileError(f"{where}: unknown chapter {key!r}; known: {', '.join(has)}")
-    for name in common:
-        if not any(name in names for names in has.values()):
-            raise ProfileError(f"{where}: no chapter has the common parameter {name!r}")
-    for chapter, names in has.items():
-        for name in (settings.get(chapter) or {}).keys() - set(names):
-            raise ProfileError(
-                f"{where}: {chapter} has no parameter {name!r}; "
-                f"it has: {', '.join(names) or 'none'}"
-            )
-    return {
-        chapter: {name: value for name, value in common.items() if name in names}
-        | (settings.get(chapter) or {})
-        | ({"profile": profile} if "profile" in names else {})
-        for chapter, names in has.items()
-    }
-
-
-def check_values(profile: str, settings: dict) -> None:
-    """Raise `ProfileError` for a value of `machine` that a run could not use."""
-    for name, value in settings.items():
-        pattern, words = VALUES[name]
-        if not re.fullmatch(pattern, str(value).lower()):
-            raise ProfileError(f"{profile_path(profile)}: {name} is {value!r}; use {words}")
-
-
-def machine(profile: str) -> dict[str, str]:
-    """What a profile says about the machine, as the environment variables that a run reads."""
-    whole = read_profile(profile)
-    said = whole.get("machine") or {}
-    settings = {name: value for name, value in said.items() if value is not None}
-    if unknown := settings.keys() - VALUES.keys():
-        raise ProfileError(
-            f"{profile_path(profile)}: machine has no {', '.join(unknown)}; "
-            f"it has: {', '.join(VALUES)}"
-        )
-    check_values(profile, settings)
-    if not isinstance(whole.get("hub", False), bool):
-        raise ProfileError(f"{profile_path(profile)}: hub is {whole['hub']!r}; use true or false")
-    if settings.get("at_once") == 0:  # the default
-        del settings["at_once"]
-    return {f"SSAH_{name.upper()}": str(value) for name, value in settings.items()}
 
 
 def keep_committed(profile: str) -> None:
@@ -392,4 +262,6 @@ def main(profile: str, chapter: str, threads: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(f"usage: python {sys.argv[0]} PROFILE CHAPTER THREADS")
     main(*sys.argv[1:])

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from run_chapter import ENVIRONMENT, notebooks
+from run_chapter import ENVIRONMENT
+from profile_values import notebooks
 
 HIDDEN = {"stderr"}  # progress bars and warnings of this machine
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 from one_run import write_whole
-from run_chapter import ProfileError, profile_path, read_settings
+from profile_values import ProfileError, profile_path, read_settings
 
 from ssah_nb.engine.opening import MOST_HEADER, open_plain, parse_json
 from ssah_nb.engine.opening import plain_size, read_json

@@ -21,7 +21,7 @@ from pathlib import Path
 import papermill
 import yaml
 from compare_runs import disagreements, show
-from run_chapter import ProfileError, notebooks
+from profile_values import ProfileError, notebooks
 from run_config import config_of
 
 from ssah_nb.engine.comparison import run_tables

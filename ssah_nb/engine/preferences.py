@@ -23,7 +23,7 @@ from .states import check_in_memory, check_values
 from .batches import TokenBatch, evaluation_mode, response_losses, token_batches
 from .chat import encode_pairs
 from .forward import context_of
-from .training import check_training, optimize, products_of, training_batches
+from .training import Hooks, check_training, optimize, products_of, training_batches
 
 # %% ../../nbs/engine/preferences.ipynb #preferences-005
 def preferences(
@@ -209,4 +209,4 @@ def finetune_dpo(
     margins = margins_before(reference, model, answers, max_tokens, mixed)
     batches = [b for _ in range(epochs) for b in preference_batches(answers, batch_size, order)]
     losses = lambda rows: dpo_losses(model, answers, rows, margins, beta, sft_weight, max_tokens)
-    return optimize(model, batches, losses, lr, mixed=mixed, anchor=anchor, seed=seed)
+    return optimize(model, batches, losses, lr, mixed, seed, Hooks(anchor))

@@ -234,14 +234,17 @@ def trained_weights(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     return trained
 
 # %% ../../nbs/engine/training.ipynb #78542224
-@dataclass
+@dataclass(frozen=True)
 class Hooks:
     "What joins a step: each is called at its time, or None."
 
-    anchor: Any  # an `Anchor` whose gradient joins that of each step (chapter 7)
-    before_step: Callable[[Masters], None] | None  # called when the gradients are there
-    correct_step: Callable[[Masters], None] | None  # may change what a step has made
-    after_step: Callable[[], None] | None  # called after each step
+    anchor: Any = None  # an `Anchor` whose gradient joins that of each step (chapter 7)
+    before_step: Callable[[Masters], None] | None = None  # called when the gradients are there
+    correct_step: Callable[[Masters], None] | None = None  # may change what a step has made
+    after_step: Callable[[], None] | None = None  # called after each step, e.g. to average weights
+
+    def __post_init__(self):
+        check_anchor(self.anchor)
 
     def step(self, model: PreTrainedModel, stepper: Stepper):
         "One step with the gradients that are there, and with all that joins it."
@@ -278,20 +281,15 @@ def optimize(
     batches: list[list[int]],  # the rows of each step
     part_losses: Callable[[list[int]], Iterable[torch.Tensor]],  # rows -> parts of the step's loss
     lr: float,  # peak learning rate
-    after_step: Callable[[], None] | None = None,  # called after each step, e.g. to average weights
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
-    anchor: Any = None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
-    before_step: Callable[[Masters], None] | None = None,  # called when the gradients are there
-    correct_step: Callable[[Masters], None] | None = None,  # may change what a step has made
     seed: int = 0,  # of dropout
+    hooks: Hooks = Hooks(),  # what joins a step
 ) -> pd.DataFrame:
     """The loss of each step, [step, loss], with `attrs["optimizer_bytes"]` and `attrs["seconds"]`.
 
     Raises `SsahError` when nothing can be trained or the loss is NaN."""
-    check_anchor(anchor)
     trained, start, losses = trained_weights(model), time.time(), list[float]()
     stepper = Stepper(trained, lr, len(batches))
-    hooks = Hooks(anchor, before_step, correct_step, after_step)
     into = gradients_to(stepper.masters)
     with training_mode(model), seeded(model, seed), into, products_of(model, mixed):
         for rows in progress(batches, "training"):
@@ -361,8 +359,8 @@ def finetune(
     after_step: Callable[[], None] | None = None,  # called after each step
     mixed: bool | None = None,  # multiply in bfloat16; None: as the run decided (`is_mixed`)
     anchor: Any = None,  # an `Anchor` whose gradient joins that of each step (chapter 7)
-    before_step: Callable[[Masters], None] | None = None,  # as in `optimize`
-    correct_step: Callable[[Masters], None] | None = None,  # as in `optimize`
+    before_step: Callable[[Masters], None] | None = None,  # as in `Hooks`
+    correct_step: Callable[[Masters], None] | None = None,  # as in `Hooks`
     token_losses: Callable | None = None,  # (losses [tokens], their pairs) -> losses to train on
 ) -> pd.DataFrame:
     """Train on the response tokens. The loss of each step, [step, loss], nats per token.
@@ -373,8 +371,8 @@ def finetune(
     encoded = encode_pairs(tokenizer, as_pairs(pairs), system, max_response, context_of(model))
     batches = all_batches(encoded, epochs, batch_size, seed)
     parts = partial(response_parts, model, encoded, max_tokens, token_losses)
-    joining = anchor, before_step, correct_step
-    return optimize(model, batches, parts, lr, after_step, mixed, *joining, seed)
+    hooks = Hooks(anchor, before_step, correct_step, after_step)
+    return optimize(model, batches, parts, lr, mixed, seed, hooks)
 
 # %% ../../nbs/engine/training.ipynb #training-010
 def training_perplexity(
