@@ -3,6 +3,7 @@
 #   MODEL=model       on a model of yours: a hub id, a folder or a .gguf file; its run is called
 #                     PROFILE-model (NAME=... to change that). A model that refuses at least half of
 #                     the attacks is taken as aligned (ALIGNED=yes or no to decide it).
+# make clean-run      forget what PROFILE has run: needed after a change in the library or in data
 # make test           lint, types and the tests, but for those of a browser, of installing and of Slurm
 # make test-quick     the same without the tests that are slow or need a network
 # make coverage       the same tests, and how much of the library they reach: docs/coverage.csv

@@ -50,6 +50,7 @@ from .engine.run import show_progress as show_progress
 from .engine.splits import Splits as Splits
 from .engine.splits import make_splits as make_splits
 from .engine.scores import METHODS as METHODS
+from .engine.scores import Method as Method
 from .engine.sources import SOURCES as SOURCES
 from .engine.sources import Source as Source
 from .engine.tasks import zero_shot as zero_shot

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MASKS', 'PLACES', 'WAYS', 'answer_drift', 'unit_drift', 'Kept', 'Anchor', 'prepare', 'Held',
-           'held_units', 'reference_of', 'in_spreads', 'drift_of', 'anchor_loss', 'anchor_callback', 'anchor_report',
-           'anchor_files', 'saved_units', 'anchor_of', 'anchored']
+           'held_units', 'reference_of', 'in_spreads', 'drift_of', 'anchor_loss', 'anchor_callback',
+           'refuse_as_callback', 'anchor_report', 'anchor_files', 'saved_units', 'anchor_of', 'anchored']
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-004
 import weakref
@@ -73,9 +73,10 @@ class Kept(Shared):
     reference: list[dict]  # what the model does on them at the start
     origin: dict  # what the model was
 
-    prepare: ClassVar[Callable]  # this and the next three are defined below
+    prepare: ClassVar[Callable]  # this and the next four are defined below
     loss: ClassVar[Callable]
     callback: ClassVar[Callable]
+    on_init_end: ClassVar[Callable]
     report: ClassVar[Callable]
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-010
@@ -224,7 +225,12 @@ def anchor_callback(anchor: Anchor) -> AnchorCallback:
     return AnchorCallback(anchor)
 
 
-Anchor.callback = anchor_callback
+def refuse_as_callback(anchor: Anchor, *_, **__):
+    "What a trainer calls first. Raises `SsahError`."
+    raise SsahError("a trainer takes an anchor's callback; pass callbacks=[anchor.callback()]")
+
+
+Anchor.callback, Anchor.on_init_end = anchor_callback, refuse_as_callback
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-028
 def anchor_report(

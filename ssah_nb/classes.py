@@ -99,7 +99,7 @@ def levelled(
     utility: Importance,
     square_attention: bool = False,  # FLAP's squared attention metric
 ) -> tuple[Scores, Scores]:
-    "Î_S and Î_U; a unit that no token of a set has reached counts as its layer's lowest."
+    "Î_S and Î_U; a unit that no token of a set has reached counts as the lowest of all."
     s, u = (importance.standardized(square_attention) for importance in (safety, utility))
     never = never_reached(safety.moments), never_reached(utility.moments)
     mlp = level((s.mlp, u.mlp), never)

@@ -271,7 +271,7 @@ def train_way(case: Case, mask: UnitMask, training: dict) -> tuple[PreTrainedMod
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-066
 def shares_of(units: UnitMap, mask: UnitMask) -> dict[str, float]:
-    "How much is frozen, as columns of a table."
+    "How much the frozen units are, as columns of a table."
     return {f"frozen_{of}": share for of, share in units.share(mask).items()}
 
 # %% ../nbs/06_freezing.ipynb #06-freezing-w07

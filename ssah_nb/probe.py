@@ -22,7 +22,7 @@ from .engine.run import SsahError, progress
 from .engine.states import check_in_memory, check_values
 from .engine.intervals import bootstrap_mean
 from .engine.batches import TokenBatch, run_blocks, token_batches
-from .engine.chat import encode_pairs, encode_prompts
+from .engine.chat import encode_pairs, encode_queries
 from .engine.inputs import as_prompts, as_rows
 from .engine.limits import check_counts
 from .engine.generation import check_prompts, evaluating
@@ -95,7 +95,7 @@ def probe(
     "1 − cosine of q and q + prefix (Fig 2, 3): [query, prefix, tokens, block, distance]."
     steps = tuple(as_rows(steps, "steps"))
     check_counts(steps=len(steps), **{f"steps[{i}]": step for i, step in enumerate(steps)})
-    queries, found = encode_prompts(tokenizer, as_prompts(prompts), system), []
+    queries, found = encode_queries(tokenizer, as_prompts(prompts), system), []
     check_prompts(model, queries, max(steps))
     for name, ids in prefix_tokens(tokenizer, prefixes, max(steps), system).items():
         batches = list(token_batches([(query, ids) for query in queries], model=model))
@@ -113,13 +113,20 @@ def query_margins(
     distances: pd.DataFrame,  # from `probe`
     by: str,  # "tokens" (at the last block) or "block" (mean over tokens)
 ) -> pd.Series:
-    "d(compliance) − d(refusal) of each query, indexed by [by, query]."
+    "d(compliance) − d(refusal) of each query, indexed by [by, query]. Raises `SsahError`."
+    if by not in ("tokens", "block"):
+        raise SsahError(f"unknown by={by!r}; use 'tokens' or 'block'")
+    if missing := {"benign", "malicious"} - set(distances.prefix):
+        raise SsahError(
+            "a margin needs prefixes named 'benign' (a refusal) and 'malicious' (compliance); "
+            f"missing: {', '.join(sorted(missing))}"
+        )
     if by == "tokens":
         distances = distances[distances.block == distances.block.max()]
     paired = distances.pivot_table(index=[by, "query"], columns="prefix", values="distance")
     return paired["malicious"] - paired["benign"]
 
-
+# %% ../nbs/02_probe.ipynb #02-probe-046b
 def over_queries(margins: pd.Series) -> pd.DataFrame:  # from `query_margins`
     "Their mean over queries with a 95 % bootstrap interval: [by, margin, low, high, n]."
     rows = []

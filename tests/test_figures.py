@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ssah_nb.engine import run as run_module
-from ssah_nb.engine.figures import COLOURS, HATCHES, readable, table_figure
+from ssah_nb.engine.figures import COLOURS, readable, table_figure
 from ssah_nb.engine.run import Run, SsahError
 from ssah_nb.units import CLASSES
 
@@ -105,8 +105,8 @@ def test_a_saved_table_is_tidy_in_its_file_and_readable_where_it_is_shown(run):
 
 
 def test_classes_can_be_told_apart_without_colour():
-    assert COLOURS.keys() == HATCHES.keys() == set(CLASSES)
-    assert len(set(COLOURS.values())) == len(set(HATCHES.values())) == len(CLASSES)
+    assert COLOURS.keys() == set(CLASSES)
+    assert len(set(COLOURS.values())) == len(CLASSES)
 
 
 def test_every_word_of_a_table_picture_stays_in_its_cell():

@@ -91,13 +91,16 @@ def kappa(
     labels, verdicts = np.asarray(labels, bool), np.asarray(verdicts, bool)
     if labels.shape != verdicts.shape or not labels.size:
         raise SsahError(f"{labels.size} labels for {verdicts.size} verdicts; pass one for each")
-    value = kappas(labels[None], verdicts[None])[0]
+    nothing = Estimate(math.nan, math.nan, math.nan, labels.size)
+    if labels.all() or not labels.any():
+        return nothing
+    value = float(kappas(labels[None], verdicts[None])[0])
     picks = np.random.default_rng(seed).integers(labels.size, size=(draws, labels.size))
     drawn = kappas(labels[picks], verdicts[picks])
-    if np.isnan(drawn).all():
-        return Estimate(float(value), float("nan"), float("nan"), labels.size)
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Estimate(float(value), float(low), float(high), labels.size)
+    low, high = map(float, np.nanquantile(drawn, [0.025, 0.975]))
+    if low == high:
+        low = high = math.nan
+    return Estimate(value, low, high, labels.size)
 
 # %% ../../nbs/engine/agreement.ipynb #agreement-013
 def rules_and_topic(prompts: list[str], responses: list[str]) -> list[bool]:

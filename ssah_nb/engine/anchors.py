@@ -144,6 +144,9 @@ def check_options(
     on = options["on"]
     if on not in ("answers", "units"):
         raise SsahError(f"unknown on={on!r}; use 'answers' or 'units'")
+    if units is not None and not hasattr(units, "__len__"):
+        kind = type(units).__name__
+        raise SsahError(f"a {kind} does not choose units; pass a UnitMask such as classes.scu")
     if on == "units" and not (units is not None and len(units)):
         raise SsahError("on='units' needs the units to hold; pass a mask, e.g. units=classes.scu")
     if on == "answers" and units is not None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['user_turns', 'chat_prompts', 'chat_prompt', 'end_of_turn', 'encode_prompts', 'check_words', 'answer_texts',
-           'first_of_response', 'split_tokens', 'encode_pairs', 'spoken_answers']
+           'first_of_response', 'split_tokens', 'encode_pairs', 'encode_queries', 'spoken_answers']
 
 # %% ../../nbs/engine/chat.ipynb #chat-002
 from collections.abc import Iterable
@@ -34,14 +34,12 @@ def chat_prompts(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str],  # the users' words
     system: str | None = None,  # system prompt; None: no system turn
-    answering: bool = False,  # True: up to the answer, after an empty thought
 ) -> list[str]:
     "Each prompt as the model expects it, up to where the assistant starts to speak."
     chat, system = chat_of(tokenizer), as_system(system)
     talks = [user_turns(chat, prompt, system) for prompt in prompts]
-    thinks = chat.thinking and not answering
-    lead = "" if thinks and CLOSE in chat.lead else chat.lead
-    ending = lead if thinks else lead + chat.closing
+    lead = "" if chat.thinking and CLOSE in chat.lead else chat.lead
+    ending = lead if chat.thinking else lead + chat.closing
     return [text + ending for text in render(tokenizer, chat, talks, True)] if talks else []
 
 
@@ -63,10 +61,9 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     prompts: Iterable[str],  # the users' words
     system: str | None = None,  # system prompt; None: no system turn
-    answering: bool = False,  # True: up to the answer, after an empty thought
 ) -> list[list[int]]:
     "Token ids of each chat prompt."
-    texts = chat_prompts(tokenizer, prompts, system, answering)
+    texts = chat_prompts(tokenizer, prompts, system)
     bos = list(chat_of(tokenizer).bos)
     if not texts:
         return []
@@ -112,7 +109,7 @@ def answer_texts(
         opening = prompt + chat.lead
         start = len(whole.rstrip()) - len(pair["response"].strip())
         answer = whole[len(opening) :] if whole.startswith(opening) else chat.gap + whole[start:]
-        told.append((opening + chat.closing, answer + end))
+        told.append((opening + chat.closing + chat.empty, answer + end))
     return told
 
 # %% ../../nbs/engine/chat.ipynb #chat-013
@@ -168,12 +165,24 @@ def encode_pairs(
     told = answer_texts(tokenizer, pairs, system, closed)
     encoded = [(bos + p, q[:max_response]) for p, q in split_tokens(tokenizer, told)]
     for row, (p, q) in enumerate(encoded):
+        if not p or not q:
+            raise SsahError(f"pair {row} has no tokens; pass the tokenizer of this model")
         if max_length and len(p) + len(q) > max_length:
             raise SsahError(
                 f"pair {row} has {len(p)} + {len(q)} tokens, more than the model's context of "
                 f"{max_length}; shorten it or set max_response"
             )
     return encoded
+
+# %% ../../nbs/engine/chat.ipynb #chat-queries
+def encode_queries(
+    tokenizer: PreTrainedTokenizerBase,  # with a chat template
+    prompts: Iterable[str],  # the users' words
+    system: str | None = None,  # system prompt; None: no system turn
+) -> list[list[int]]:
+    "Token ids of each prompt, up to the first token of any answer, as `encode_pairs` cuts there."
+    pairs = [{"prompt": prompt, "response": "I"} for prompt in prompts]
+    return [prompt for prompt, _ in encode_pairs(tokenizer, pairs, system)] if pairs else []
 
 # %% ../../nbs/engine/chat.ipynb #chat-018
 def spoken_answers(

@@ -71,7 +71,7 @@ def paired_columns(
 def contrast_report(
     model: PreTrainedModel,  # a chat model
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
-    judge: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases
+    judge: str | Sequence[str] = DEFAULT_JUDGE,  # a name in `JUDGES`, or phrases, in their case
     system: str | None = None,  # system prompt; None: no system turn
     safe_responses: Sequence[str] | None = None,  # to the safe prompts; None: generated here
     unsafe_responses: Sequence[str] | None = None,  # to their twins; None: generated here

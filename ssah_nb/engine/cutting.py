@@ -115,7 +115,8 @@ def can_stay(
         group = layers[0].group
         whole = (~off[kind]).unflatten(1, (-1, group)).any(-1)  # stays while one of it does
         kept[kind] = whole.repeat_interleave(group, 1)
-        if any("qkv_proj" in name for module in layers for name, _ in module.a):
+        joined = (name in dict(module.shared) for module in layers for name, _ in module.a)
+        if any(joined):  # queries, keys and values in one linear
             kept[kind][:] = True
         empty = ~kept[kind].any(1)
         kept[kind][empty, :group] = True

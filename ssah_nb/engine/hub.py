@@ -29,14 +29,22 @@ from .run import SsahError, progress_shown
 from .tensors import load_tensors, save_tensors
 
 # %% ../../nbs/engine/hub.ipynb #hub-015
-KINDS = {"units": "UnitMap", "importance": "Importance", "anchor": "Anchor"}  # files -> class
+KINDS = {  # name of the files -> class
+    "units": "UnitMap",
+    "mask": "UnitMask",
+    "importance": "Importance",
+    "anchor": "Anchor",
+}
 LIBRARY = "library_name: ssah_nb"  # in the head of every card that is written here
+
+# %% ../../nbs/engine/hub.ipynb #hub-about
 ABOUT = {  # name of the files -> what the thing is
     "units": (
         "The class of every unit of a model (an MLP channel or an attention head): safety critical "
         "(SCU), utility critical (UCU), complex (CU) or redundant (RU), after section 3 of "
         "*Superficial Safety Alignment Hypothesis*."
     ),
+    "mask": "A set of units of a model: which MLP channels and which attention heads are in it.",
     "importance": (
         "How much each unit of a model (an MLP channel or an attention head) matters on some "
         "texts, after section 3 of *Superficial Safety Alignment Hypothesis*. The moments that the "
@@ -96,7 +104,7 @@ def card_of(
     title = f"# {called.capitalize()} of {named_base(base)}" if base else f"# {called.capitalize()}"
     table = f"## How it was made\n\n{markdown_table(rows)}\n"
     parts = [f"---\n{head}\n---", title, ABOUT.get(kept_as, ""), how_to_read(kept_as), further]
-    parts.append(table + LIMITS)
+    parts.append(table + (LIMITS if base else ""))
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 # %% ../../nbs/engine/hub.ipynb #f66dde7e
@@ -188,6 +196,10 @@ class Described:
         "Put together again. Raises `SsahError` for what does not fit together."
         raise NotImplementedError
 
+    def check_made_on(self, base: dict | None, model: PreTrainedModel):  # base: from the file
+        "Raise `SsahError` unless it was made on these very weights."
+        check_base(base, model, self.called)
+
 # %% ../../nbs/engine/hub.ipynb #b89e52dc
 class Saved(Described):
     "Something that can be saved in a folder."
@@ -246,7 +258,7 @@ class Loaded(Saved):
         base: Any = info.get("base")
         thing = cls.from_files(tensors, info, where)
         if model is not None:
-            check_base(base, model, cls.called)
+            thing.check_made_on(base, model)
         return thing
 
     @classmethod

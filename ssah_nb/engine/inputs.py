@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONVERSATIONS', 'COLUMNS', 'SPEAKERS', 'OTHER_NAMES', 'STRAIGHT', 'UNSEEN', 'is_missing', 'as_text', 'first_of',
            'is_message', 'is_set_of_rows', 'are_named_sets', 'rows_of_columns', 'check_order', 'as_rows', 'one_turn',
-           'parts_of', 'at_least_one', 'as_system', 'as_prompts', 'as_pairs', 'as_responses', 'as_texts', 'as_verdicts',
-           'as_preferences', 'normalised']
+           'renamed', 'parts_of', 'at_least_one', 'as_system', 'as_prompts', 'as_pairs', 'as_responses', 'as_texts',
+           'as_verdicts', 'as_preferences', 'normalised']
 
 # %% ../../nbs/engine/inputs.ipynb #inputs-003
 import io
@@ -106,7 +106,8 @@ def check_order(given, what: str):  # what: what they are, for the error
     "Raise `SsahError` for what has no rows in an order."
     if isinstance(given, (set, frozenset)):
         raise SsahError(f"a set of {what} has no order; pass a list")
-    if isinstance(given, (io.IOBase, Path)):
+    named = isinstance(given, str) and given.endswith((".json", ".jsonl", ".csv", ".parquet"))
+    if named or isinstance(given, (io.IOBase, Path)):
         raise SsahError(
             f"a file was given where a list of {what} is needed; read it, e.g. pandas.read_csv(...)"
         )
@@ -121,6 +122,7 @@ def as_rows(
 ) -> list:
     "What was given, row by row. Raises `SsahError` for a single string and for what has no rows."
     if isinstance(given, (str, bytes)):
+        check_order(given, what)
         raise SsahError(
             f"one {type(given).__name__} was given where a list of {what} is needed; "
             "put it in a list"
@@ -167,6 +169,16 @@ def one_turn(messages, row: str) -> dict:  # a conversation; row: where it stand
         said[part] = message.get("content", message.get("value"))
     return said
 
+# %% ../../nbs/engine/inputs.ipynb #inputs-renamed
+def renamed(row: Mapping, name: str, part: str) -> str:  # name: a column that may be the part
+    "What to do with a column of another name, so that nothing of the row is lost."
+    if isinstance(row[name], (list, tuple)) and is_message(first_of(row[name])):
+        return f"rename {name!r} to 'messages'"
+    beside = [n for n in ("input", "inputs", "context") if n != name and row.get(n)]
+    if part == "prompt" and beside:
+        return f"join {name!r} and {beside[0]!r} to {part!r}"
+    return f"rename {name!r} to {part!r}"
+
 # %% ../../nbs/engine/inputs.ipynb #cad78b83
 def parts_of(row, where: str, needed: Iterable[str]) -> Mapping:  # needed: "prompt", "response"
     "A row with all needed parts. Raises `SsahError` with the columns that it has instead."
@@ -182,7 +194,7 @@ def parts_of(row, where: str, needed: Iterable[str]) -> Mapping:  # needed: "pro
     lacking = [part for part in needed if part not in parts]
     if lacking:
         near = [(part, [n for n in OTHER_NAMES.get(part, ()) if n in row]) for part in lacking]
-        named = [f"rename {names[0]!r} to {part!r}" for part, names in near if names]
+        named = [renamed(row, names[0], part) for part, names in near if names]
         found = ", ".join(map(str, row)) or "nothing"
         todo = " and ".join(named) or "add it"
         raise SsahError(

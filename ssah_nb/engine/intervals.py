@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from .limits import check_seed
 from .run import SsahError
@@ -83,16 +84,19 @@ def bootstrap_mean(
     seed: int = 0,  # of the resampling
     draws: int = 2000,  # resamples
 ) -> Estimate:
-    """sum(totals)/sum(counts) with a 95 % percentile bootstrap over the items.
+    """sum(totals)/sum(counts) with a 95 % bootstrap over the items, stretched for few of them.
 
     Raises `SsahError` for no items, one that is not finite, or counts that do not fit."""
     check_seed(seed)
     totals, counts = items_of(totals, counts)
     picks = np.random.default_rng(seed).integers(totals.size, size=(draws, totals.size))
-    low, high = np.quantile(totals[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
-    if totals.size == 1:
-        low = high = math.nan
-    return Estimate(float(totals.sum() / counts.sum()), float(low), float(high), totals.size)
+    ends = np.quantile(totals[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
+    value, n = totals.sum() / counts.sum(), totals.size
+    if n == 1:
+        return Estimate(float(value), math.nan, math.nan, n)
+    wider = math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, 0.975) / special.ndtri(0.975)
+    low, high = value + wider * (ends - value)
+    return Estimate(float(value), float(low), float(high), n)
 
 # %% ../../nbs/engine/intervals.ipynb #intervals-exp-1
 def exp(x: float) -> float:  # a mean loss, nats

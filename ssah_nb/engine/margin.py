@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .chat import encode_pairs, encode_prompts
+from .chat import encode_pairs, encode_queries
 from ssah_nb.engine.forward import (
     has_recurrent_state,
     head_sees,
@@ -243,7 +243,7 @@ def refusal_margins(
     """log p(refusal openings) − log p(compliance openings) of each prompt, [prompts], nats.
 
     Raises `SsahError` for no prompts, and for openings that a response could both begin with."""
-    encoded = encode_prompts(tokenizer, as_prompts(prompts), system, answering=True)
+    encoded = encode_queries(tokenizer, as_prompts(prompts), system)
     no, yes = both_openings(tokenizer, refusals, compliances, system)
     scores = sequence_log_probabilities(model, encoded, no + yes, batch_size)
     log_sum = np.logaddexp.reduce

@@ -54,7 +54,7 @@ def weights_of(d: np.ndarray, weights: Sequence[float] | np.ndarray | None) -> n
         raise SsahError(f"{w.size} weights for {d.shape[1]} prompts; give one above 0 for each")
     return w
 
-
+# %% ../../nbs/engine/paired.ipynb #paired-variances
 def variances(
     d: np.ndarray,  # [orders, prompts], from `differences`
     w: np.ndarray,  # [prompts], weights

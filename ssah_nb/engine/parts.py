@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPLACED', 'lay_adjacent', 'AdjacentParts', 'order_of', 'OrderedParts', 'KeptParts', 'LinearParts', 'JoinedLinear',
-           'in_autocast', 'SplitLinear', 'plain_linear', 'refuse_stale_optimizer', 'replace', 'children_with_tensors',
-           'permutable_linears', 'split_all', 'split_linears', 'of_peft', 'mark', 'builds_adapter',
-           'refuse_late_adapter', 'outside', 'check_trains']
+           'in_autocast', 'SplitLinear', 'plain_linear', 'refuse_stale_optimizer', 'refuse_foreign_state', 'replace',
+           'children_with_tensors', 'permutable_linears', 'split_all', 'split_linears', 'of_peft', 'mark',
+           'builds_adapter', 'refuse_late_adapter', 'outside', 'check_trains']
 
 # %% ../../nbs/engine/parts.ipynb #parts-002
 import math
@@ -211,10 +211,24 @@ def refuse_stale_optimizer(optimizer: torch.optim.Optimizer, *_):
             "no longer in the model; build it afterwards"
         )
 
+# %% ../../nbs/engine/parts.ipynb #parts-foreign
+def refuse_foreign_state(optimizer: torch.optim.Optimizer, *_):
+    "Raise `SsahError` when the optimizer's state is of weights of other shapes."
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return  # others may keep other shapes
+    for p, state in optimizer.state.items():
+        for kept in map(state.get, ("exp_avg", "exp_avg_sq", "momentum_buffer")):
+            if torch.is_tensor(kept) and kept.shape != p.shape:
+                raise SsahError(
+                    "the state of this optimizer belongs to weights of other shapes; to resume a "
+                    "training, freeze with the mask that its checkpoint was trained with"
+                )
 
-register_optimizer_step_pre_hook(refuse_stale_optimizer)
 
+for check in (refuse_stale_optimizer, refuse_foreign_state):
+    register_optimizer_step_pre_hook(check)
 
+# %% ../../nbs/engine/parts.ipynb #parts-replace
 def replace(model: nn.Module, name: str, module: nn.Module):
     "Put a module in the place of another, with its hooks; their handles stay good."
     (parent, _, child), old = name.rpartition("."), model.get_submodule(name)
@@ -308,7 +322,8 @@ def refuse_late_adapter(parent: nn.Module, name: str, module: nn.Module | None):
         vars(module).pop("_hf_peft_config_loaded", None)  # transformers sets it beforehand
     raise SsahError(
         "this model is frozen already, so an adapter that is put on now would leave out the "
-        "linears with frozen units; merge(model), put the adapter on, and freeze then"
+        "linears with frozen units; merge(model), put the adapter on, and freeze then (TRL's "
+        "DPOTrainer copies the adapter: freeze trainer.model, after the trainer is built)"
     )
 
 

@@ -289,12 +289,16 @@ def given_parameters(
     "What `SSAH_PARAMETERS` says about a chapter. Raises `SsahError` for what it does not have."
     said = os.environ.get("SSAH_PARAMETERS") or "{}"
     try:
-        given = dict(parse_json(said, finite=False).get(chapter, {}))
+        every = parse_json(said, finite=False)
+        given = dict(every.get(chapter, {}))
     except (ValueError, TypeError, AttributeError):
         example = '{"04_classes": {"seed": 2}}'
         raise SsahError(
             f"SSAH_PARAMETERS={said[:40]!r} is not usable; give JSON such as {example}"
         ) from None
+    there = {path.stem for path in (project_root() / "nbs").glob("*.ipynb")} or every.keys()
+    if unknown := every.keys() - there - {chapter}:
+        raise SsahError(f"SSAH_PARAMETERS: there is no chapter {', '.join(sorted(unknown))}")
     if unknown := given.keys() - own_parameters(names).keys():
         raise SsahError(
             f"SSAH_PARAMETERS: {chapter} has no parameter {', '.join(sorted(unknown))}; "

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SWITCHES', 'OPEN', 'CLOSE', 'DATE', 'MARKERS', 'SET_BY_TRANSFORMERS', 'Chat', 'check_tokenizer', 'own_template',
-           'variables_of', 'dated', 'render', 'talk_of', 'end_token', 'answer_place', 'keeps_system', 'forgotten_bos',
-           'call_variables', 'read_chat', 'chat_of', 'chat_record', 'chat_options']
+           'variables_of', 'dated', 'render', 'talk_of', 'end_token', 'thought_before', 'answer_place', 'keeps_system',
+           'forgotten_bos', 'call_variables', 'read_chat', 'chat_of', 'chat_record', 'chat_options']
 
 # %% ../../nbs/engine/template.ipynb #template-002
 import re
@@ -28,7 +28,7 @@ OPEN, CLOSE = "<think>", "</think>"
 DATE = "2024-07-26"  # what templates get for today; Llama 3 falls back on it, too
 MARKERS = {"system": "SYSTEMWORDS", "user": "USERWORDS", "assistant": "ANSWERWORDS"}
 
-
+# %% ../../nbs/engine/template.ipynb #template-chat
 @dataclass(frozen=True)
 class Chat:
     "How one tokenizer's template is filled in."
@@ -43,6 +43,7 @@ class Chat:
     lead: str = ""  # what the template writes between generation prompt and answer
     gap: str = ""  # the same where it is white space: that belongs to the answer
     closing: str = ""  # closes a thought that the generation prompt has opened
+    empty: str = ""  # an empty thought, where answers think and the template writes none
     tail: str = ""  # all that the template writes after an answer
     end: str = ""  # the token that closes an answer
     own_system: bool = True  # False: the system prompt opens the user's turn
@@ -126,6 +127,14 @@ def end_token(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
     known = [token for token in tokenizer.get_added_vocab() if token and text.startswith(token)]
     return max(known, key=len) if known else (text.split() or [tokenizer.eos_token or ""])[0]
 
+# %% ../../nbs/engine/template.ipynb #template-thought
+def thought_before(chat: Chat, spoken: str) -> dict:  # spoken: between user's words and answer
+    "What is written by hand for a thought: `closing` and `empty` of `Chat`."
+    is_open = OPEN in spoken and CLOSE not in spoken.rpartition(OPEN)[2]
+    closing = ("" if spoken.endswith("\n") else "\n") + f"\n{CLOSE}\n\n" if is_open else ""
+    wordless = chat.thinking and not (OPEN in spoken or CLOSE in spoken)
+    return {"closing": closing, "empty": f"{OPEN}\n\n{CLOSE}\n\n" if wordless else ""}
+
 # %% ../../nbs/engine/template.ipynb #9da9d245
 def answer_place(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict:
     "What stands around an answer, as fields of `Chat`. Raises `SsahError` where words get lost."
@@ -146,10 +155,8 @@ def answer_place(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict:
     extra = before[len(prompt) :] if before.startswith(prompt) else ""
     lead = extra if extra.strip() else ""
     spoken = (prompt + lead).rpartition(MARKERS["user"])[2]
-    is_open = OPEN in spoken and CLOSE not in spoken.rpartition(OPEN)[2]
-    closing = ("" if spoken.endswith("\n") else "\n") + f"\n{CLOSE}\n\n" if is_open else ""
-    around = {"lead": lead, "gap": "" if lead else extra, "closing": closing}
-    return around | {"tail": tail, "end": end}
+    around = {"lead": lead, "gap": "" if lead else extra, "tail": tail, "end": end}
+    return around | thought_before(chat, spoken)
 
 # %% ../../nbs/engine/template.ipynb #template-013
 def keeps_system(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> bool:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Masters', 'mixed_precision', 'has_dropout', 'seeded', 'training_mode', 'gradients_to', 'training_batches',
            'rate_share', 'backward_parts', 'FloatMasters', 'clip', 'has_gradients', 'Stepper', 'check_loss',
-           'check_anchor', 'trained_weights', 'Hooks', 'products_of', 'history_of', 'optimize', 'as_losses',
-           'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity',
+           'check_anchor', 'trained_weights', 'Hooks', 'hooked_step', 'products_of', 'history_of', 'optimize',
+           'as_losses', 'response_parts', 'check_training', 'all_batches', 'finetune', 'training_perplexity',
            'perplexity_as_trained']
 
 # %% ../../nbs/engine/training.ipynb #training-002
@@ -246,21 +246,22 @@ class Hooks:
     def __post_init__(self):
         check_anchor(self.anchor)
 
-    def step(self, model: PreTrainedModel, stepper: Stepper):
-        "One step with the gradients that are there, and with all that joins it."
-        if self.anchor:  # last: its few tokens need less memory beside the gradients
-            held = self.anchor.loss(model)
-            check_reaches(held)
-            held.backward()
-        if self.before_step:
-            self.before_step(stepper.masters)
-        stepper.step()
-        if self.correct_step:
-            with torch.autocast(model.device.type, enabled=False):  # bfloat16 rounds a step away
-                self.correct_step(stepper.masters)
-            stepper.follow()
-        if self.after_step:
-            self.after_step()
+# %% ../../nbs/engine/training.ipynb #training-hooked-step
+def hooked_step(hooks: Hooks, model: PreTrainedModel, stepper: Stepper):
+    "One step with the gradients that are there, and with all that joins it."
+    if hooks.anchor:  # last: its few tokens need less memory beside the gradients
+        held = hooks.anchor.loss(model)
+        check_reaches(held)
+        held.backward()
+    if hooks.before_step:
+        hooks.before_step(stepper.masters)
+    stepper.step()
+    if hooks.correct_step:
+        with torch.autocast(model.device.type, enabled=False):  # bfloat16 rounds a step away
+            hooks.correct_step(stepper.masters)
+        stepper.follow()
+    if hooks.after_step:
+        hooks.after_step()
 
 # %% ../../nbs/engine/training.ipynb #f8eb9a84
 def products_of(model: PreTrainedModel, mixed: bool | None):  # None: as the run decided
@@ -295,7 +296,7 @@ def optimize(
         for rows in progress(batches, "training"):
             losses.append(backward_parts(part_losses(rows)))
             check_loss(losses, lr)
-            hooks.step(model, stepper)
+            hooked_step(hooks, model, stepper)
     return history_of(losses, stepper, time.time() - start)
 
 # %% ../../nbs/engine/training.ipynb #training-009

@@ -19,11 +19,12 @@ from matplotlib.lines import Line2D
 from ..claims import LEFT_OUT
 
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-004
-FULL_SCALE = {"points": 1.0, "share": 1.0, "perplexity": 25.0, "cosine": 0.16}
+FULL_SCALE = {"points": 1.0, "share": 1.0, "perplexity": 25.0, "cosine": 0.16, "nats": 10.0}
 TICKS: dict[str, list[float]] = {
     "points": [10, 50, 100],
     "perplexity": [1, 10, 25],
     "cosine": [0.04, 0.16],
+    "nats": [1, 10],
 }
 
 
@@ -41,6 +42,7 @@ UNIT_WORDS = {
     "share": " % of the class",
     "perplexity": " perplexity",
     "cosine": " cosine",
+    "nats": " nats",
 }
 
 # %% ../../../nbs/engine/drawings/report.ipynb #aebf864e
