@@ -6,8 +6,7 @@
 __all__ = ['CLASSES', 'DepthTwo', 'mlp_units', 'attention_units', 'depth_two', 'unit_parameters', 'signature', 'check_same_model',
            'UnitMask', 'check_is_mask', 'combined', 'same_units', 'random_like', 'Scores', 'code_of', 'UnitMap',
            'check_map', 'unit_share', 'class_share', 'unit_shares', 'split_units', 'top_cu', 'unit_table',
-           'unit_map_files', 'unit_map_of', 'shown_units', 'check_mask', 'mask_files', 'mask_from',
-           'check_mask_made_on']
+           'unit_map_files', 'unit_map_of', 'shown_units', 'check_mask', 'check_mask_made_on']
 
 # %% ../nbs/01_units.ipynb #01-units-exports
 import pandas as pd
@@ -20,11 +19,11 @@ from .engine.blocks import check_equal_layers, lacking
 from .engine.columns import draw_like
 from .engine.experts import expert_units, has_bias, sizes
 from .engine.figures import figure_bytes
-from .engine.hub import Shared, markdown_table
+from .engine.hub import KeptMask, Shared, markdown_table
 from .engine.limits import check_kind, check_seed, check_shares
 from .engine.proof import architecture, prove
 from .engine.run import SsahError
-from .engine.tensors import check_codes, check_layers, check_tensors
+from .engine.tensors import check_codes
 from torch import isin, nn
 
 # %% ../nbs/01_units.ipynb #01-units-depthtwo
@@ -140,10 +139,9 @@ def check_same_model(
 
 # %% ../nbs/01_units.ipynb #01-units-mask
 @dataclass(frozen=True, eq=False)
-class UnitMask(Shared):
+class UnitMask(KeptMask):
     "A set of units. Combine with | & ~ and -; len() counts them."
 
-    called, kept_as, needs = "unit mask", "mask", ("model",)
     mlp: torch.Tensor  # bool [layers, channels]
     attention: torch.Tensor  # bool [layers, heads]
     model: dict | None = None  # signature of the units' model; None: any of this shape
@@ -397,23 +395,9 @@ def check_mask(mask: UnitMask, model: nn.Module):
             )
 
 # %% ../nbs/01_units.ipynb #01-units-mask-save
-def mask_files(mask: UnitMask) -> tuple[dict[str, torch.Tensor], dict]:
-    "The tensors by name, and the facts, as they are written."
-    return {"mlp": mask.mlp, "attention": mask.attention}, {"model": mask.model}
-
-
-def mask_from(cls, tensors: dict, info: dict, where: str) -> UnitMask:  # where: for the error
-    "Put together again. Raises `SsahError` for what does not fit together."
-    names = ("mlp", "attention")
-    check_tensors(tensors, dict.fromkeys(names), where, torch.bool)
-    check_layers(tensors, names, where, info["model"])
-    return cls(tensors["mlp"], tensors["attention"], info["model"])
-
-
 def check_mask_made_on(mask: UnitMask, base: dict | None, model: nn.Module):  # base: not kept
     "Raise `SsahError` when the mask is of another model."
     check_mask(mask, model)
 
 
-UnitMask.to_files, UnitMask.from_files = mask_files, classmethod(mask_from)
 UnitMask.check_made_on = check_mask_made_on

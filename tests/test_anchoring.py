@@ -378,3 +378,20 @@ def test_float16_training_is_refused(rows, tmp_path):
     with pytest.raises(SsahError) as error:
         callback.on_train_begin(args, None, None, model=model)
     assert "use bf16=True" in one_line(error)
+
+
+def test_an_anchor_itself_is_no_callback(rows, tmp_path):
+    model = tiny_model()
+    anchor = Anchor(model, TOKENIZER, REFUSALS)
+    args = TrainingArguments(**arguments(tmp_path, max_steps=1))
+    with pytest.raises(SsahError, match="callbacks=\\[anchor.callback\\(\\)\\]") as error:
+        Trainer(model, args, train_dataset=rows, callbacks=[anchor])
+    one_line(error)
+
+
+def test_a_map_of_units_does_not_choose_what_is_held():
+    model = tiny_model()
+    units = ssah_nb.classify(*(ssah_nb.importance(model, TOKENIZER, p) for p in (REFUSALS, TASK)))
+    with pytest.raises(SsahError, match="a UnitMap does not choose units") as error:
+        Anchor(model, TOKENIZER, REFUSALS, on="units", units=units)
+    one_line(error)

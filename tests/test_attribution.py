@@ -1,6 +1,7 @@
 """Importance against slow, obvious references in float64."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ssah_nb.engine.batches import token_batches
 from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.models import ARCHITECTURES, tiny_model
 from ssah_nb.engine.run import SsahError
-from ssah_nb.engine.scores import METHODS
+from ssah_nb.engine.scores import METHODS, Method, squares_of_b
 from ssah_nb.units import depth_two
 
 
@@ -247,3 +248,35 @@ def test_bad_input(options, message):
     with pytest.raises(SsahError, match=message) as error:
         importance(**({"model": tiny_model(), "tokenizer": TOKENIZER} | options))
     assert "\n" not in str(error.value)
+
+
+OWN = Method(lambda x: x, squares_of_b, lambda m, w: m.mean.square() * w, "a test")
+
+
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        (lambda x: x, "METHODS\\['own'\\] is a function; make it a Method"),
+        (replace(OWN, weigh=lambda model, module: None), "weigh of the method gave NoneType"),
+        (replace(OWN, weigh=lambda model, module: torch.ones(3)), "gave shape \\(3,\\)"),
+        (replace(OWN, score=lambda m, w: m.mean.sum()), "score of the method gave shape \\(\\)"),
+    ],
+)
+def test_a_method_that_is_none_is_refused(method, words, monkeypatch):
+    monkeypatch.setitem(METHODS, "own", method)
+    with pytest.raises(SsahError, match=words):
+        importance(tiny_model(), TOKENIZER, PAIRS, method="own")
+
+
+def test_a_method_of_ones_own_says_whether_it_keeps_the_mean(monkeypatch):
+    monkeypatch.setitem(METHODS, "own", replace(OWN, keeps_mean=True))
+    scored = importance(tiny_model(), TOKENIZER, PAIRS, method="own")
+    flap = importance(tiny_model(), TOKENIZER, PAIRS)
+    assert scored.mean("mlp").equal(flap.mean("mlp"))
+    monkeypatch.setitem(METHODS, "own", OWN)
+    with pytest.raises(SsahError, match="keeps no mean activations"):
+        scored.mean("mlp")
+    monkeypatch.delitem(METHODS, "own")
+    for use in (lambda: scored.mean("mlp"), lambda: scored + scored):
+        with pytest.raises(SsahError, match="unknown method 'own'"):
+            use()

@@ -11,12 +11,12 @@ import nbformat
 import pytest
 from helpers import one_line
 
-from ssah_nb.engine import agreement, data, judges, sources, ways
+from ssah_nb.engine import agreement, data, judges, scores, sources, ways
 from ssah_nb.engine.run import SsahError
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-REGISTRIES = [sources.SOURCES, judges.JUDGES, ways.WAYS]
+REGISTRIES = [sources.SOURCES, judges.JUDGES, ways.WAYS, scores.METHODS]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def registries():
 
 def test_its_blocks_run_in_their_order(registries, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks:

@@ -9,8 +9,9 @@ from datasets import Dataset
 from helpers import one_line, write
 
 from ssah_nb.engine import data
-from ssah_nb.engine.data import load_pairs
+from ssah_nb.engine.data import load_pairs, named_splits
 from ssah_nb.engine.run import SsahError
+from ssah_nb.engine.sources import Source
 from ssah_nb.engine.splits import SIZES, make_splits
 
 
@@ -28,7 +29,6 @@ def cache(tmp_path, monkeypatch) -> Path:
         (dict(name="wikitext2", split="attribute"), ["no splits"]),
         (dict(name="advbench", source="disk"), ["disk", "wheel", "hub", "path="]),
         (dict(name="hex_phi"), ["hex_phi", "source='hub'", "path="]),
-        (dict(name="toy_benign", source="hub"), ["not on the hub", "path="]),
         (dict(name="boolq"), ["local_task_file"]),
         (dict(name="smollm2_135m_instruct"), ["load_model"]),
         (dict(name="alpaca", path="nowhere/alpaca.json"), ["nowhere", "check the path"]),
@@ -232,4 +232,48 @@ def test_a_wheel_of_other_content_is_noticed(monkeypatch):
     monkeypatch.setitem(data.SOURCES, "harmbench", replace(data.SOURCES["harmbench"], rows=201))
     with pytest.raises(SsahError, match="200 rows, expected 201") as error:
         load_pairs("harmbench")
+    one_line(error)
+
+
+def own_source(tmp_path, **changes) -> Source:
+    path = write(tmp_path / "own.csv", "question,answer\nMay I?,Yes\n")
+    facts = dict(name="own", kind="benign", rows=1, licence="CC0", origin="here", used_for="a test")
+    facts |= dict(columns=((("question",), "answer"),), file=str(path))
+    return Source(**facts | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(kind="harmfull"), "own is of kind 'harmfull'; use one of harmful, benign"),
+        (dict(columns=(("question",), "answer")), "own has columns=.*give \\(\\(prompt columns"),
+        (dict(columns=((("question", "answer"),),)), "own has columns="),
+    ],
+)
+def test_a_source_that_is_none_is_refused(changes, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SOURCES, "own", own_source(tmp_path, **changes))
+    with pytest.raises(SsahError, match=words) as error:
+        load_pairs("own")
+    one_line(error)
+
+
+def test_a_file_of_ones_own_stands_beside_sources_from_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SOURCES, "own", own_source(tmp_path))
+    assert load_pairs("own", source="hub") == [{"prompt": "May I?", "response": "Yes"}]
+    assert load_pairs("contrast_safe", source="hub") == load_pairs("contrast_safe")
+
+
+@pytest.mark.parametrize(
+    "roles, words",
+    [
+        (dict(harmful="toy_benign"), "harmful='toy_benign': its rows are benign"),
+        (dict(benign="toy_harmful"), "benign='toy_harmful': its rows are harmful"),
+        (dict(align_harmful="contrast_unsafe"), "its rows are there only to evaluate"),
+        (dict(second_harmful="donotanswer"), "its rows are there only to align"),
+    ],
+)
+def test_a_source_has_the_roles_that_it_says(roles, words):
+    given = dict(harmful="toy_harmful", benign="toy_benign") | roles
+    with pytest.raises(SsahError, match=words) as error:
+        named_splits(**given)
     one_line(error)

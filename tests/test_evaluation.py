@@ -114,7 +114,7 @@ def test_a_perplexity_that_is_too_large_for_a_number_is_infinite():
     sums = np.array([[1e3, 1.0], [2.0, 1.0], [2.0, 1.0]])
     found = exp_mean(sums, 0)
     assert found.value == math.exp(1004 / 3) and (found.high, found.n) == (math.inf, 3)
-    assert found.low == math.exp(2)
+    assert found.low == 1
     model, tokenizer = tiny_model(), tiny_tokenizer()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
@@ -285,3 +285,43 @@ def test_a_response_that_is_no_text_keeps_its_row():
     with pytest.raises(SsahError, match="pair 2 has .* more than the model's context") as error:
         evaluation.response_perplexities(model, tokenizer, ["a", "b", "c"], ["", "", long])
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(completions="."), "is a folder; name a JSON file"),
+        (dict(max_perplexity=-1), "max_perplexity=-1 is not usable"),
+        (dict(benign_responses=["a"]), "3 prompts but 1 responses"),
+    ],
+)
+def test_a_report_is_checked_before_a_model_is_asked(wrong, words, monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("it was asked"))
+    with pytest.raises(SsahError, match=words) as error:
+        safety_report(tiny_model(), tiny_tokenizer(), PROMPTS, PAIRS, **wrong)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name, judge", [("low", ("zzz",)), ("broken", "zzz")])
+def test_a_judge_that_would_spoil_a_report_is_refused_first(name, judge, monkeypatch):
+    monkeypatch.setitem(evaluation.JUDGES, name, judge)
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: pytest.fail("it was asked"))
+    with pytest.raises(SsahError, match="cannot be called 'low'|'broken'"):
+        safety_report(tiny_model(), tiny_tokenizer(), PROMPTS, PAIRS)
+
+
+def test_coherence_is_that_of_an_answer_in_its_conversation():
+    model, tokenizer, system = tiny_model(), tiny_tokenizer(), "Be brief."
+    said = [pair["response"] for pair in PAIRS]
+    asked = [pair["prompt"] for pair in PAIRS]
+    encoded = encode_pairs(tokenizer, PAIRS, system, closed=False)
+    losses = pair_losses(model, encoded)
+    found = coherence(model, tokenizer, asked, said, math.inf, system=system)
+    assert found.perplexity.to_numpy() == pytest.approx(np.exp(losses[:, 0] / losses[:, 1]))
+    without = coherence(model, tokenizer, asked, said, math.inf)
+    assert not np.allclose(found.perplexity, without.perplexity)
+    limit = float(found.perplexity.median())
+    given = dict(responses=said, benign_responses=said, max_perplexity=limit)
+    report = safety_report(model, tokenizer, asked, PAIRS, system=system, **given)
+    wanted = coherence(model, tokenizer, asked, said, limit, system=system)
+    assert report["coherent"] == wanted.coherent.mean()

@@ -285,3 +285,30 @@ def test_a_system_prompt_is_one_text(name):
     with pytest.raises(SsahError, match="system has a text that is no valid Unicode"):
         call(model, tokenizer, "Be \ud800")
     assert all(torch.equal(value, before[k]) for k, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "/data/rows.csv", "a/b.json", "b.parquet"])
+def test_the_name_of_a_file_is_no_list_of_prompts(name):
+    for take in (as_prompts, as_pairs):
+        with pytest.raises(SsahError, match="a file was given.*read it"):
+            take(name)
+
+
+@pytest.mark.parametrize(
+    "row, todo",
+    [
+        (
+            {"instruction": "Sum", "input": "2 and 3", "output": "5"},
+            "join 'instruction' and 'input' to 'prompt' and rename 'output' to 'response'",
+        ),
+        ({"instruction": "Sum", "input": "", "output": "5"}, "rename 'instruction' to 'prompt'"),
+        (
+            {"chosen": [{"role": "user", "content": "Hi"}], "rejected": []},
+            "rename 'chosen' to 'messages'",
+        ),
+    ],
+)
+def test_the_advice_for_other_names_loses_nothing(row, todo):
+    with pytest.raises(SsahError) as error:
+        as_pairs([row])
+    assert todo in one_line(error)

@@ -68,3 +68,12 @@ def test_difference_of_rates_is_newcombes():
     a = pd.Series({"r": 56 / 70, "r_low": 0.6921, "r_high": 0.8775})
     b = pd.Series({"r": 48 / 80, "r_low": 0.4904, "r_high": 0.7002})
     assert rate_difference(a, b, "r") == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_few_items_have_an_interval_that_is_wide_enough(n):
+    chosen, covered = np.random.default_rng(n), 0
+    for _ in range(500):
+        found = bootstrap_mean(chosen.normal(size=n), draws=300)
+        covered += found.low <= 0 <= found.high
+    assert covered / 500 > 0.90

@@ -147,7 +147,10 @@ def test_kappa_against_the_formula():
     assert kappa(a, b).value == pytest.approx(1 - counts[off].sum() / expected[off].sum())
     found = kappa(a, b)
     assert found.low < found.value < found.high and found.n == 200
-    assert kappa(a, a).value == kappa(a, a).low == 1
+    alike = kappa(a, a)  # no draw differs from another
+    assert alike.value == 1 and np.isnan([alike.low, alike.high]).all()
+    one_label = kappa([True] * 10, [True] * 9 + [False])
+    assert np.isnan([one_label.value, one_label.low, one_label.high]).all()
     with pytest.raises(SsahError, match="2 labels for 1 verdicts"):
         kappa([True, False], [True])
 

@@ -61,7 +61,7 @@ def test_margin_is_that_of_a_plain_loop(name, system):
     assert len(set(found)) == len(PROMPTS)
     mean = refusal_margin(model, tokenizer, PROMPTS, system, refusals=NO, compliances=YES)
     assert mean.value == pytest.approx(right.mean())
-    assert min(right) <= mean.low < mean.value < mean.high <= max(right)
+    assert mean == bootstrap_mean(found) and mean.low < mean.value < mean.high
     assert mean.n == len(PROMPTS)
 
 
@@ -209,7 +209,7 @@ def test_an_answer_stands_after_an_empty_thought_also_where_thoughts_are_on(temp
     before = [
         p for p, _ in encode_pairs(tokenizer, [{"prompt": p, "response": "No"} for p in PROMPTS])
     ]
-    assert all("</think>" in tokenizer.decode(ids) for ids in before) == (template == QWEN3)
+    assert all("<think>\n\n</think>" in tokenizer.decode(ids) for ids in before)
     right = [
         np.log(chances[0] / chances[1])
         for prompt in before

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import one_line
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
@@ -370,3 +371,28 @@ def test_small_models_are_not_spread(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, *to: moved.append(to) or model)
     load_model("tiny", device="spread")
     assert moved[-1] == (pick_device("auto"),)
+
+
+def test_a_folder_without_a_tokenizer_or_with_an_adapter_only_says_so(tmp_path):
+    model = tiny_model("qwen2")
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(SsahError, match="it holds no tokenizer.*processing_class") as error:
+        load_model(tmp_path / "bare")
+    one_line(error)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SsahError, match="it holds an adapter only.*merge_and_unload") as error:
+        load_model(tmp_path / "adapter")
+    one_line(error)
+    with pytest.raises(SsahError, match="there is no such folder; check the path"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_without_words_is_none(tmp_path):
+    save_model(tiny_model("qwen2"), tiny_tokenizer(), tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer.json"):
+        path.unlink()
+    config = tmp_path / "model/tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    with pytest.raises(SsahError, match="it holds no tokenizer"):
+        load_model(tmp_path / "model")

@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 import torch
+from helpers_chat import byte_pairs
 
-from ssah_nb.engine.chat import chat_prompt
+from ssah_nb.engine.chat import chat_prompt, encode_pairs
 from ssah_nb.engine.drawings.probe import averages
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import SsahError
@@ -94,3 +95,32 @@ def test_prefixes_are_texts_by_name(prefixes):
 def test_a_query_beyond_the_context_is_refused():
     with pytest.raises(SsahError, match=r"prompt 1 has \d+ tokens, and with 10 .* 512"):
         probe(tiny_model(), tiny_tokenizer(), ["one", "x" * 490])
+
+
+def test_what_has_no_margin_is_refused():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    found = probe(model, tokenizer, ["Hi", "Ho"])
+    with pytest.raises(SsahError, match="unknown by='layer'; use 'tokens' or 'block'"):
+        probe_margin(found, "layer")
+    own = probe(model, tokenizer, ["Hi"], prefixes={"refuse": "I am sorry, but I cannot help"})
+    with pytest.raises(SsahError, match="prefixes named 'benign'.*missing: benign, malicious"):
+        probe_margin(own, "block")
+
+
+OPENS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+OPENS += "{% if add_generation_prompt %}ASSISTANT:{{ ' ' }}{% endif %}"
+
+
+def test_a_prefix_follows_the_text_that_an_answer_follows():
+    tokenizer, model = byte_pairs(OPENS, True), tiny_model(vocab_size=300)
+    tokenizer.chat_template = OPENS
+    words = "Sure, here it is"
+    [(query, ids)] = encode_pairs(tokenizer, [{"prompt": "Hi", "response": words}], max_response=2)
+    with torch.no_grad():
+        states = [
+            model(torch.tensor([row]), output_hidden_states=True).hidden_states[1][0, -1]
+            for row in (query, query + ids)
+        ]
+    wanted = 1 - float(torch.cosine_similarity(*states, dim=0))
+    found = probe(model, tokenizer, ["Hi"], prefixes={"malicious": words}, steps=(2,))
+    assert found[found.block == 1].distance.item() == pytest.approx(wanted, abs=1e-5)

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ssah_nb.engine.claims import claims_of, probe_rows, read_claims, report_tables, rows_by_name
-from ssah_nb.engine.claims import transfer_rows
-from ssah_nb.engine.drawings.report import EDGE, draw_verdicts
+from ssah_nb.engine.claims import check_claim, transfer_rows, unit_of
+from ssah_nb.engine.drawings.report import EDGE, draw_verdicts, in_words
 from ssah_nb.engine.run import SsahError
 from ssah_nb.report import judge, paper_numbers, printed, verdict
 
@@ -138,3 +138,28 @@ def test_no_word_of_a_claim_reaches_into_the_plot():
     drawn = words.str.replace(r" \(.*?\)", "", regex=True)
     assert drawn[0] not in left and set(drawn[1:]) <= set(left)
     assert not {claim: end for claim, end in left.items() if end > -EDGE}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(experiment="F"), "line 7: experiment 'F'"),
+        (dict(table="table01_pruning"), "table 'table01_pruning' is none of probe"),
+        (dict(claimed=">= 0"), "claimed '>= 0' is none of"),
+        (dict(claimed="> 5%"), "claimed '> 5%'"),
+        (dict(needs="unalined"), "needs 'unalined'"),
+        (dict(paper="{} %", printed=""), "printed names not as many"),
+    ],
+)
+def test_a_claim_that_cannot_be_judged_is_refused(changes, words):
+    claim = read_claims().iloc[0].to_dict()
+    check_claim("claims.csv, line 7", claim)
+    with pytest.raises(SsahError, match=words):
+        check_claim("claims.csv, line 7", claim | changes)
+
+
+def test_a_margin_is_counted_in_nats():
+    claim = read_claims().iloc[0].to_dict() | {"column": "refusal_margin"}
+    assert unit_of(claim) == "nats" and in_words(-0.82, -1.0, -0.5, "nats") == (
+        "−0.82 nats (−1.00 to −0.50)"
+    )

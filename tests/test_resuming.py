@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers import one_line
-from helpers_freezing import arguments
+from helpers_freezing import arguments, half
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from ssah_nb import Anchor, SsahError, UnitMask, finetune
+from ssah_nb import Anchor, SsahError, UnitMask, finetune, freeze
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -75,3 +75,47 @@ def test_an_anchor_can_be_built_in_inference_mode():
     with torch.set_grad_enabled(False):  # as on top of many a notebook
         finetune(model, TOKENIZER, PAIRS, lr=1e-2, anchor=anchor)
     assert anchor.report(model).tokens.drift.max() > 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mask", ["smaller", "whole model"])
+def test_the_state_of_another_mask_is_refused_before_it_is_used(mask, fused):
+    model, chosen = tiny_model(), half()
+    freeze(model, chosen)
+    state = stepped(model, fused).state_dict()
+    again = tiny_model()
+    if mask == "smaller":
+        freeze(again, UnitMask(chosen.mlp, torch.zeros_like(chosen.attention)))
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], fused=fused)
+    groups = [
+        group | {"params": optimizer.state_dict()["param_groups"][0]["params"]}
+        for group in state["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    before = {name: weight.clone() for name, weight in again.state_dict().items()}
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(SsahError, match="weights of other shapes") as error:
+        optimizer.step()
+    assert "freeze with the mask" in one_line(error)
+    assert all(weight.equal(before[name]) for name, weight in again.state_dict().items())
+
+
+def stepped(model, fused: bool) -> torch.optim.Optimizer:
+    "AdamW after one step on all that is trained."
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=fused)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def test_the_state_of_the_same_mask_is_taken_up():
+    model, again = tiny_model(), tiny_model()
+    freeze(model, half()), freeze(again, half())
+    state = stepped(model, True).state_dict()
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], fused=True)
+    optimizer.load_state_dict(state)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()

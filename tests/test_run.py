@@ -167,6 +167,15 @@ def test_wrong_parameters_from_the_environment_are_one_error(run, monkeypatch, s
         begin("04_classes", {"profile": "test", "seed": 1, "np": re})
 
 
+def test_parameters_for_a_chapter_that_is_not_there_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/04_classes.ipynb").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSAH_PARAMETERS", '{"4_classes": {"seed": 7}}')
+    with pytest.raises(SsahError, match="SSAH_PARAMETERS: there is no chapter 4_classes"):
+        begin("04_classes", {"profile": "test", "seed": 1})
+
+
 @pytest.mark.parametrize(
     ("parameter", "value", "words"),
     [

@@ -6,7 +6,7 @@ from helpers_chat import GEMMA, LLAMA3, MISTRAL, NO, PAIR, PAIRS, QWEN3, R1, wit
 
 import ssah_nb as ssah
 from ssah_nb.engine import generation
-from ssah_nb.engine.chat import chat_prompt, encode_pairs
+from ssah_nb.engine.chat import chat_prompt, encode_pairs, encode_queries
 from ssah_nb.engine.models import CHATML, load_model, save_model, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import Run, SsahError
 from ssah_nb.engine.template import chat_of, chat_record
@@ -197,3 +197,32 @@ def test_an_answer_needs_an_end():
     with pytest.raises(SsahError, match="closes no answer.*set tokenizer.eos_token") as error:
         encode_pairs(tokenizer, PAIRS)
     one_line(error)
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_an_answer_is_scored_after_an_empty_thought_that_the_template_leaves_to_the_model():
+    tokenizer = with_template(THINKS)
+    without = encode_pairs(tokenizer, [PAIR])
+    assert tokenizer.decode(without[0][0]).endswith("<think>\n\n</think>\n\n")
+    ssah.chat_options(tokenizer, thinking=True)
+    assert chat_prompt(tokenizer, "Hi").endswith("assistant\n")
+    assert encode_pairs(tokenizer, [PAIR]) == without
+    assert encode_queries(tokenizer, [PAIR["prompt"]]) == [without[0][0]]
+
+
+@pytest.mark.parametrize("measure", ["probe", "refusal_margins"])
+def test_what_follows_a_prompt_is_measured_after_an_empty_thought(measure):
+    tokenizer, model = with_template(THINKS), tiny_model()
+    ask = {"probe": lambda: ssah.probe(model, tokenizer, ["Hi"]).distance.tolist()}
+    ask["refusal_margins"] = lambda: ssah.refusal_margins(model, tokenizer, ["Hi"]).tolist()
+    without = ask[measure]()
+    ssah.chat_options(tokenizer, thinking=True)
+    assert ask[measure]() == without

@@ -1,5 +1,6 @@
 """The units of each architecture, and masks as sets of them."""
 
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -183,3 +184,20 @@ def test_save_and_load(tmp_path):
     assert again.scu.model == signature(tiny_model()) and again.shares().equals(units.shares())
     with pytest.raises(SsahError, match="no unit map in .*; write one with units.save_pretrained"):
         UnitMap.from_pretrained(tmp_path)
+
+
+def test_a_mask_goes_to_a_folder_and_back(tmp_path):
+    mask = random_mask(1)
+    mask = UnitMask(mask.mlp, mask.attention, signature(tiny_model()))
+    mask.save_pretrained(tmp_path)
+    assert UnitMask.load(tmp_path, model=tiny_model()) == mask
+    assert UnitMask.load(tmp_path).model == mask.model
+    assert "UnitMask.from_pretrained" in (tmp_path / "README.md").read_text()
+    with pytest.raises(SsahError, match="belong to another model"):
+        UnitMask.load(tmp_path, model=tiny_model("qwen3", intermediate_size=48))
+    with pytest.raises(SsahError, match="UnitMask.from_pretrained reads that"):
+        UnitMap.load(tmp_path)
+    info = json.loads((tmp_path / "mask.json").read_text())
+    (tmp_path / "mask.json").write_text(json.dumps(info | {"model": {"layers": 5}}))
+    with pytest.raises(SsahError):
+        UnitMask.load(tmp_path)

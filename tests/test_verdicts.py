@@ -9,10 +9,11 @@ from helpers_protection import CASES, kept, trained
 
 from ssah_nb.engine.claims import anchoring_rows, measure, protection_rows, read_claims
 from ssah_nb.engine.drawings.protection import by_condition, draw_orders, draw_protection, draw_ways
-from ssah_nb.engine.drawings.protection import family_of, spaced
+from ssah_nb.engine.drawings.protection import FAMILIES, family_of, spaced
 from ssah_nb.engine.intervals import rate_difference, wilson
 from ssah_nb.engine.protection import Case
-from ssah_nb.engine.verdicts import best_ways, case_table, protection_table
+from ssah_nb.engine.verdicts import CONTROLS, best_ways, case_table, is_control, protection_table
+from ssah_nb.engine.ways import WAYS
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,9 @@ def test_the_figure_has_each_way_and_its_name(table):
     fig = draw_protection(table, 0.1)
     texts = [text.get_text() for text in fig.axes[0].texts]
     assert texts == ["full fine-tuning", "replay of 16 refusals"]
-    assert family_of("one's own") == family_of("project_inputs")
+    assert family_of("freeze_mine") == family_of("one's own") == "another way"
+    assert {family_of(way) for way in WAYS} == set(FAMILIES) - {"another way"}
+    assert not is_control("randomized_smoothing") and all(map(is_control, CONTROLS.values()))
     wanted = np.array([50.0, 50, 51, 99, 0])
     places = spaced(wanted, 4, 0, 100)
     assert (np.diff(places[np.argsort(wanted, kind="stable")]) >= 4 - 1e-9).all()

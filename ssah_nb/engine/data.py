@@ -19,7 +19,7 @@ import pandas as pd
 from .contrast import contrast_prompts
 from .manifest import SOURCES_READ, sha256_of
 from .opening import read_arrow, reason
-from .reading import read_rows, to_pairs
+from .reading import check_source, read_rows, to_pairs
 from .run import Run, SsahError
 from .sources import SOURCES, WHEELS, Source, find_source, pinned
 from .splits import TOY_SIZES, Splits, make_splits
@@ -151,6 +151,7 @@ def load_pairs(
     A `split` may hold what `load_model("aligned")` has learned; `embedded_splits()` has others.
     Raises `SsahError` for an unknown name, split or source, or when the data cannot be had."""
     known = find_source(name)
+    check_source(known)
     if split is not None and split not in known.splits:
         raise SsahError(
             f"unknown split {split!r} of {name!r}; "
@@ -187,6 +188,7 @@ def check_role(role: str, name: str):  # role: a parameter of `named_splits`; na
     if not name:
         return
     known, kind = find_source(name), role.rpartition("_")[2]
+    check_source(known)
     if known.kind != kind:
         raise SsahError(f"{role}={name!r}: its rows are {known.kind}; give a source of {kind} ones")
     wanted = {"align_harmful": "align", "second_harmful": "evaluate"}.get(role)

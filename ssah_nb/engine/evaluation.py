@@ -12,6 +12,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +133,9 @@ def pair_losses(
 
 
 def exp_mean(losses: np.ndarray, seed: int) -> Estimate:  # losses: from `pair_losses`
-    "exp of the mean loss per token, with a bootstrap over the rows; maybe infinite."
-    return exp_of(bootstrap_mean(losses[:, 0], losses[:, 1], seed))
+    "exp of the mean loss per token, with a bootstrap over the rows; at least 1, maybe infinite."
+    mean = bootstrap_mean(losses[:, 0], losses[:, 1], seed)
+    return exp_of(replace(mean, low=max(mean.low, 0.0)) if mean.low < 0 else mean)
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-021
 def perplexity(
@@ -334,16 +336,15 @@ def safety_report(
     check_report(judge, benign, benign_responses, max_perplexity, completions)
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     if max_perplexity is None:
-        given = dense, tokenizer, benign, max_new_tokens
-        max_perplexity = coherence_threshold(*given, system=system)
+        reference = dense, tokenizer, benign, max_new_tokens
+        max_perplexity = coherence_threshold(*reference, system=system)
     sizes = dict(system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
     responses = said_to(model, tokenizer, prompts, responses, **sizes)
     benign_responses = said_to(model, tokenizer, as_prompts(benign), benign_responses, **sizes)
     harmless = zip(as_prompts(benign), benign_responses)
     save_completions(completions, harmful=zip(prompts, responses), benign=harmless)
-    given = dense, tokenizer, prompts, responses, max_perplexity
-    coherent = coherence(*given, system=system).coherent
-    row = rates_of(judge, prompts, responses, coherent, window)
+    found = coherence(dense, tokenizer, prompts, responses, max_perplexity, system=system)
+    row = rates_of(judge, prompts, responses, found.coherent, window)
     row |= refused(judge, benign, benign_responses, window).columns("over_refusal")
     row |= refusal_margin(model, tokenizer, prompts, system).columns("refusal_margin")
     row |= perplexity(model, tokenizer, benign, system, max_response).columns("perplexity")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'LIBRARY', 'ABOUT', 'LIMITS', 'FORMAT', 'HUB_NAME', 'markdown_table', 'flattened', 'card_of', 'how_to_read',
            'may_write_card', 'place_of', 'missing_from', 'check_kind', 'Described', 'Saved', 'read_files', 'Loaded',
-           'upload', 'Shared']
+           'upload', 'Shared', 'KeptMask']
 
 # %% ../../nbs/engine/hub.ipynb #hub-002
 import re
@@ -26,7 +26,7 @@ from .files import as_path
 from .opening import is_there, read_bytes, reason
 from .origin import check_base, named_base
 from .run import SsahError, progress_shown
-from .tensors import load_tensors, save_tensors
+from .tensors import check_layers, check_tensors, load_tensors, save_tensors
 
 # %% ../../nbs/engine/hub.ipynb #hub-015
 KINDS = {  # name of the files -> class
@@ -309,3 +309,24 @@ class Shared(Loaded):
             self.save_pretrained(folder)
             words = commit_message or f"Upload {self.called}"
             return upload(folder, repo_id, words, private, revision, token)
+
+# %% ../../nbs/engine/hub.ipynb #hub-mask
+class KeptMask(Shared):
+    "A set of units, in files and back."
+
+    called, kept_as, needs = "unit mask", "mask", ("model",)
+    mlp: torch.Tensor  # bool [layers, channels]
+    attention: torch.Tensor  # bool [layers, heads]
+    model: dict | None  # signature of the units' model
+
+    def to_files(self) -> tuple[dict[str, torch.Tensor], dict]:
+        "Both tables, and the signature."
+        return {"mlp": self.mlp, "attention": self.attention}, {"model": self.model}
+
+    @classmethod
+    def from_files(cls, tensors: dict, info: dict, where: str) -> Self:
+        "Put together again. Raises `SsahError` for what does not fit together."
+        names, own = ("mlp", "attention"), info["model"]
+        check_tensors(tensors, dict.fromkeys(names), where, torch.bool)
+        check_layers(tensors, names, where, own)
+        return cls(tensors["mlp"], tensors["attention"], own)  # type: ignore[call-arg]

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHEELS', 'BENIGN_SPLITS', 'PROMPT_ONLY', 'ALPACA', 'DO_NOT_ANSWER', 'HARMFUL_SOURCES', 'BENIGN_SOURCES',
-           'JUDGE_SOURCE', 'MODEL_SOURCE', 'ARROW_TASKS', 'REQUEST_TASKS', 'HUB_EVALUATION', 'HUB_BENIGN', 'KINDS',
-           'SOURCES', 'Source', 'toy_source', 'prompts_to_evaluate', 'task_sources', 'benign_on_the_hub', 'are_columns',
-           'check_source', 'find_source', 'pinned']
+           'JUDGE_SOURCE', 'MODEL_SOURCE', 'ARROW_TASKS', 'REQUEST_TASKS', 'HUB_EVALUATION', 'HUB_BENIGN', 'SOURCES',
+           'Source', 'toy_source', 'prompts_to_evaluate', 'task_sources', 'benign_on_the_hub', 'find_source', 'pinned']
 
 # %% ../../nbs/engine/sources.ipynb #sources-002
 from dataclasses import dataclass
@@ -60,11 +59,11 @@ def toy_source(name: str, kind: str, rows: int, splits: tuple) -> Source:
 def prompts_to_evaluate(
     name: str,  # of the source
     kind: str = "harmful",  # or "benign"
-    splits: tuple = ("evaluate",),  # their roles
     **described,  # the other fields
 ) -> Source:
-    "Prompts without responses, on which models are evaluated; `described` holds other fields."
-    return Source(name, kind, splits=splits, columns=(PROMPT_ONLY,), **described)
+    "Prompts without responses, on which models are evaluated."
+    roles = described.pop("splits", ("evaluate",))
+    return Source(name, kind, splits=roles, columns=(PROMPT_ONLY,), **described)
 
 # %% ../../nbs/engine/sources.ipynb #sources-007
 DO_NOT_ANSWER = (
@@ -372,26 +371,6 @@ HUB_BENIGN += [
     ),
 ]
 
-# %% ../../nbs/engine/sources.ipynb #sources-check
-KINDS = ("harmful", "benign", "text", "task", "judge", "model")
-
-
-def are_columns(way) -> bool:  # one of `Source.columns`
-    "Whether it is ((names of the prompt's columns), the response's column, or )."
-    pair = isinstance(way, tuple) and len(way) == 2
-    return pair and isinstance(way[0], tuple) and isinstance(way[1], str)
-
-
-def check_source(source: Source):
-    "Raise `SsahError` for a kind or columns that no source has."
-    if source.kind not in KINDS:
-        raise SsahError(f"{source.name} is of kind {source.kind!r}; use one of {', '.join(KINDS)}")
-    if not isinstance(source.columns, tuple) or not all(map(are_columns, source.columns)):
-        raise SsahError(
-            f"{source.name} has columns={source.columns!r}; give ((prompt columns), response "
-            "column or ''), and a tuple of such, e.g. ((('question',), 'answer'),)"
-        )
-
 # %% ../../nbs/engine/sources.ipynb #sources-012
 SOURCES = {source.name: source for source in (*HARMFUL_SOURCES, *BENIGN_SOURCES)}
 SOURCES |= {source.name: source for source in (JUDGE_SOURCE, MODEL_SOURCE, *task_sources())}
@@ -412,7 +391,6 @@ def find_source(name: str) -> Source:  # a key of SOURCES
         raise SsahError(
             f"SOURCES[{name!r}] is no Source of that name; make it Source({name!r}, ...)"
         )
-    check_source(source)
     return source
 
 # %% ../../nbs/engine/sources.ipynb #5076d155

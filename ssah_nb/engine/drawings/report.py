@@ -24,7 +24,6 @@ TICKS: dict[str, list[float]] = {
     "points": [10, 50, 100],
     "perplexity": [1, 10, 25],
     "cosine": [0.04, 0.16],
-    "nats": [1, 10],
 }
 
 
