@@ -235,7 +235,7 @@ NO_TOKENIZER = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-
+# %% ../../nbs/engine/checkpoints.ipynb #checkpoints-holds-2
 def check_holds_model(name: str | Path):  # a folder or a hub id
     "Raise `SsahError` for a folder that is not there, or holds an adapter or no tokenizer."
     folder = Path(name)

@@ -150,8 +150,7 @@ def load_pairs(
 
     A `split` may hold what `load_model("aligned")` has learned; `embedded_splits()` has others.
     Raises `SsahError` for an unknown name, split or source, or when the data cannot be had."""
-    known = find_source(name)
-    check_source(known)
+    check_source(known := find_source(name))
     if split is not None and split not in known.splits:
         raise SsahError(
             f"unknown split {split!r} of {name!r}; "

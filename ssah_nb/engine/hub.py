@@ -187,17 +187,12 @@ class Described:
         raise NotImplementedError
 
     @classmethod
-    def from_files(
-        cls,
-        tensors: dict[str, torch.Tensor],  # from `to_files`
-        info: dict,  # from `to_files`
-        where: str,  # what was read, for errors
-    ) -> Self:
-        "Put together again. Raises `SsahError` for what does not fit together."
+    def from_files(cls, tensors: dict, info: dict, where: str) -> Self:  # where: for errors
+        "Put together what `to_files` gave. Raises `SsahError` for what does not fit."
         raise NotImplementedError
 
-    def check_made_on(self, base: dict | None, model: PreTrainedModel):  # base: from the file
-        "Raise `SsahError` unless it was made on these very weights."
+    def check_made_on(self, base: dict | None, model: PreTrainedModel):  # base: of the file
+        "Raise `SsahError` unless it was made on these weights."
         check_base(base, model, self.called)
 
 # %% ../../nbs/engine/hub.ipynb #b89e52dc

@@ -62,8 +62,7 @@ def prompts_to_evaluate(
     **described,  # the other fields
 ) -> Source:
     "Prompts without responses, on which models are evaluated."
-    roles = described.pop("splits", ("evaluate",))
-    return Source(name, kind, splits=roles, columns=(PROMPT_ONLY,), **described)
+    return Source(name, kind, **{"splits": ("evaluate",), "columns": (PROMPT_ONLY,)} | described)
 
 # %% ../../nbs/engine/sources.ipynb #sources-007
 DO_NOT_ANSWER = (
