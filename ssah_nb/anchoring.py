@@ -73,10 +73,11 @@ class Kept(Shared):
     reference: list[dict]  # what the model does on them at the start
     origin: dict  # what the model was
 
-    prepare: ClassVar[Callable]  # this and the next four are defined below
+    prepare: ClassVar[Callable]  # this and the next five are defined below
     loss: ClassVar[Callable]
     callback: ClassVar[Callable]
     on_init_end: ClassVar[Callable]
+    on_train_begin: ClassVar[Callable]
     report: ClassVar[Callable]
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-010
@@ -230,7 +231,8 @@ def refuse_as_callback(anchor: Anchor, *_, **__):
     raise SsahError("a trainer takes an anchor's callback; pass callbacks=[anchor.callback()]")
 
 
-Anchor.callback, Anchor.on_init_end = anchor_callback, refuse_as_callback
+Anchor.callback = anchor_callback
+Anchor.on_init_end = Anchor.on_train_begin = refuse_as_callback
 
 # %% ../nbs/07_anchoring.ipynb #07-anchoring-028
 def anchor_report(

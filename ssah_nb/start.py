@@ -13,7 +13,7 @@ import pandas as pd
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from .engine.evaluation import SYSTEM_PROMPTS, coherence_threshold, safety_report
+from .engine.evaluation import SYSTEM_PROMPTS, safety_report
 from .engine.files import as_path
 from .engine.models import CHATML, load_model, load_stage, save_model
 from .engine.opening import reason
@@ -88,9 +88,8 @@ def baseline(
 ) -> pd.DataFrame:  # one row a system prompt, with the columns of `safety_report`
     "How safe and how useful a model is as it comes."
     harmful, benign, rows = list(harmful), list(benign), []
-    threshold = coherence_threshold(model, tokenizer, benign, generation.get("max_new_tokens", 24))
     for name in system_prompts:
-        facts = {"system": system_text(name), "max_perplexity": threshold, **generation}
+        facts = {"system": system_text(name), **generation}
         if completions:
             facts["completions"] = completions / f"00_system_prompt_{name}.json"
         report = safety_report(model, tokenizer, harmful, benign, **facts)

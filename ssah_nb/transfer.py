@@ -18,7 +18,7 @@ from .engine.data import load_splits
 from .engine.files import write_atomic
 from .engine.models import load_stage, save_model
 from .engine.opening import read_json
-from .engine.run import Run
+from .engine.run import Run, SsahError
 from .engine.training import finetune
 
 # %% ../nbs/05_transfer.ipynb #05-transfer-010
@@ -33,26 +33,31 @@ def make_finetuned(
     model, tokenizer = load_stage(run, "aligned")
     pairs, seed = load_splits(run)["benign", "attack"], run.parameters.get("seed", 1)
     history = finetune(model, tokenizer, pairs, seed=seed, **training)
-    write_atomic(run.path("finetuning.json"), json.dumps(training | {"seed": seed}).encode())
     megabytes = history.attrs["optimizer_bytes"] / 1e6
     history.assign(optimizer_mb=megabytes).to_csv(
         run.path("tables", "finetuning_loss.csv"), index=False
     )
     save_model(model, tokenizer, run.path("models", "finetuned"))
+    write_atomic(run.path("finetuning.json"), json.dumps(training | {"seed": seed}).encode())
     return model, tokenizer, history
 
 # %% ../nbs/05_transfer.ipynb #05-transfer-011
-def load_finetuned(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_finetuned(
+    run: Run,  # the run
+    **training,  # where the model is made here; what is not named is as in FINETUNING
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "The fine-tuned model of this run; a chapter that is opened alone makes it if need be."
     if run.profile in ("alone", "smoke") and not run.path("models", "finetuned").exists():
-        make_finetuned(run, **FINETUNING)
+        make_finetuned(run, **FINETUNING | training)
     return load_stage(run, "finetuned")
 
 
 def how_finetuned(run: Run) -> dict:  # the run
-    "lr, epochs, batch_size, max_response and seed of the run's fine-tuned model."
+    "lr, epochs, batch_size, max_response and seed of the fine-tuned model. Raises `SsahError`."
     path = run.path("finetuning.json")
-    return read_json(path) if path.exists() else FINETUNING | {"seed": run.parameters["seed"]}
+    if not path.exists():
+        raise SsahError("it is not known how the model was fine-tuned; run chapter 5 again")
+    return read_json(path)
 
 # %% ../nbs/05_transfer.ipynb #05-transfer-023
 def class_counts(

@@ -387,6 +387,9 @@ def test_an_anchor_itself_is_no_callback(rows, tmp_path):
     with pytest.raises(SsahError, match="callbacks=\\[anchor.callback\\(\\)\\]") as error:
         Trainer(model, args, train_dataset=rows, callbacks=[anchor])
     one_line(error)
+    (later := Trainer(model, args, train_dataset=rows)).add_callback(anchor)
+    with pytest.raises(SsahError, match="a trainer takes an anchor's callback"):
+        later.train()
 
 
 def test_a_map_of_units_does_not_choose_what_is_held():

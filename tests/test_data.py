@@ -269,6 +269,7 @@ def test_a_file_of_ones_own_stands_beside_sources_from_the_hub(tmp_path, monkeyp
         (dict(harmful="toy_benign"), "harmful='toy_benign': its rows are benign"),
         (dict(benign="toy_harmful"), "benign='toy_harmful': its rows are harmful"),
         (dict(align_harmful="contrast_unsafe"), "its rows are there only to evaluate"),
+        (dict(align_harmful="advbench"), "its rows are there only to attribute and evaluate"),
         (dict(second_harmful="donotanswer"), "its rows are there only to align"),
     ],
 )

@@ -293,6 +293,7 @@ def test_a_response_that_is_no_text_keeps_its_row():
         (dict(completions="."), "is a folder; name a JSON file"),
         (dict(max_perplexity=-1), "max_perplexity=-1 is not usable"),
         (dict(benign_responses=["a"]), "3 prompts but 1 responses"),
+        (dict(responses=["a"]), "prompts but 1 responses"),
     ],
 )
 def test_a_report_is_checked_before_a_model_is_asked(wrong, words, monkeypatch):
@@ -323,5 +324,10 @@ def test_coherence_is_that_of_an_answer_in_its_conversation():
     limit = float(found.perplexity.median())
     given = dict(responses=said, benign_responses=said, max_perplexity=limit)
     report = safety_report(model, tokenizer, asked, PAIRS, system=system, **given)
+    given.pop("max_perplexity")
+    limit = coherence_threshold(model, tokenizer, PAIRS, 24, system=system)
+    own = safety_report(model, tokenizer, asked, PAIRS, system=system, **given)
+    assert own["max_perplexity"] == limit
+    limit = report["max_perplexity"]
     wanted = coherence(model, tokenizer, asked, said, limit, system=system)
     assert report["coherent"] == wanted.coherent.mean()

@@ -104,7 +104,7 @@ def test_a_saved_table_is_tidy_in_its_file_and_readable_where_it_is_shown(run):
     assert {path.name for path in run.written} == {"rates.csv", "rates.png", "rates.svg"}
 
 
-def test_classes_can_be_told_apart_without_colour():
+def test_each_class_has_a_colour_of_its_own():
     assert COLOURS.keys() == set(CLASSES)
     assert len(set(COLOURS.values())) == len(CLASSES)
 

@@ -301,6 +301,10 @@ def test_the_name_of_a_file_is_no_list_of_prompts(name):
             {"instruction": "Sum", "input": "2 and 3", "output": "5"},
             "join 'instruction' and 'input' to 'prompt' and rename 'output' to 'response'",
         ),
+        (
+            {"question": "Sum", "input": "2", "context": "and 3", "answer": "5"},
+            "join 'question' and 'input' and 'context' to 'prompt'",
+        ),
         ({"instruction": "Sum", "input": "", "output": "5"}, "rename 'instruction' to 'prompt'"),
         (
             {"chosen": [{"role": "user", "content": "Hi"}], "rejected": []},

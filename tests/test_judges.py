@@ -149,6 +149,8 @@ def test_kappa_against_the_formula():
     assert found.low < found.value < found.high and found.n == 200
     alike = kappa(a, a)  # no draw differs from another
     assert alike.value == 1 and np.isnan([alike.low, alike.high]).all()
+    constant = kappa([True] * 7 + [False] * 23, [False] * 30)  # 0 but for rounding
+    assert constant.value == pytest.approx(0) and np.isnan([constant.low, constant.high]).all()
     one_label = kappa([True] * 10, [True] * 9 + [False])
     assert np.isnan([one_label.value, one_label.low, one_label.high]).all()
     with pytest.raises(SsahError, match="2 labels for 1 verdicts"):

@@ -114,6 +114,13 @@ def test_two_equal_ways_differ_in_about_one_study_of_twenty(orders, least):
     assert least < found / studies < 0.08
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_order_far_from_no_difference_has_a_tiny_p():
+    d = 5 + np.random.default_rng(8).normal(size=(1, 40)) * 0.1
+    assert 0 < clustered_p(np.zeros(40), d) < 1e-40
+    assert clustered_p(np.zeros(40), d) == pytest.approx(stats.ttest_1samp(d[0], 0).pvalue)
+
+
 def test_p_is_the_level_of_the_interval_that_ends_at_nothing():
     chosen = np.random.default_rng(7)
     d = 0.4 + chosen.normal(size=(3, 1)) * 0.3 + chosen.normal(size=(3, 40))

@@ -5,6 +5,7 @@ A profile gives chapters their parameters, and says where they run. What it cann
 """
 
 import ast
+import math
 import os
 import re
 from pathlib import Path
@@ -46,10 +47,10 @@ def own_values(chapter: str) -> dict:
 
 def fits(value, own) -> bool:
     """Whether a parameter can have this value, where a chapter's own is `own`."""
-    if isinstance(value, bool) and isinstance(own, str):
-        return True  # YAML reads no and yes so
+    if isinstance(value, bool) and own in ("yes", "no", "auto"):
+        return True  # YAML reads yes and no so
     if type(own) is float:
-        return type(value) in (int, float)
+        return type(value) in (int, float) and 0 <= value < math.inf
     return type(value) is type(own) and not (type(value) is int and value < 0)
 
 
@@ -57,6 +58,9 @@ def check_fits(where: str, name: str, value, own) -> None:
     """Raise `ProfileError` unless a parameter can have this value."""
     if fits(value, own):
         return
+    number = type(value) is type(own) or (type(own) is float and type(value) is int)
+    if number and type(own) in (int, float):
+        raise ProfileError(f"{where}: {name} is {value!r}; give a number of at least 0")
     words = f"{where}: {name} is {value!r}, and the notebook has {own!r}; give a value of that kind"
     if isinstance(value, str) and isinstance(own, float):
         words += " (YAML reads 1e-3 as text: write 1.0e-3)"
@@ -111,7 +115,7 @@ def read_profile(profile: str, extended: tuple[str, ...] = ()) -> dict:
     settings = {name: value for name, value in said.items() if value is not None}
     other = settings.pop("extends", None)
     base = read_profile(other, (*extended, profile)) if other else {}
-    common = settings.get("common", {}).keys()
+    common = (settings.get("common") or {}).keys()
     for chapter in base.keys() & set(notebooks()):
         base[chapter] = {k: v for k, v in (base[chapter] or {}).items() if k not in common}
     both = {
@@ -180,6 +184,8 @@ def profile_parameters(profile: str) -> dict[str, dict]:
     check_parameters(where, named, known)
     outside, parameters = given_outside(known), {}
     for chapter, names in known.items():
+        if outside.get(chapter, {}).get("profile", profile) != profile:
+            raise ProfileError(f"SSAH_PARAMETERS: the run is called {profile!r}; leave profile out")
         shared = {name: value for name, value in common.items() if name in names}
         check_parameters(where, {chapter: shared}, known)
         own = {"profile": profile} if "profile" in names else {}
@@ -192,7 +198,7 @@ def check_source(where: str, settings: dict, parameters: dict[str, dict]) -> Non
     """Raise `ProfileError` where data should come from the hub, and the run may not ask it."""
     for chapter, values in parameters.items():
         if values.get("source") == "hub" and not settings.get("hub"):
-            raise ProfileError(f"{where}: {chapter} has source: hub; then say hub: true, too")
+            raise ProfileError(f"{chapter} has source: hub; then say hub: true in {where}, too")
 
 
 def check_values(profile: str, settings: dict) -> None:

@@ -98,7 +98,7 @@ def kappa(
     picks = np.random.default_rng(seed).integers(labels.size, size=(draws, labels.size))
     drawn = kappas(labels[picks], verdicts[picks])
     low, high = map(float, np.nanquantile(drawn, [0.025, 0.975]))
-    if low == high:
+    if math.isclose(low, high, abs_tol=1e-9):
         low = high = math.nan
     return Estimate(value, low, high, labels.size)
 

@@ -233,7 +233,8 @@ NO_TOKENIZER = (
     "it holds no tokenizer; tokenizer.save_pretrained(folder) writes one "
     "(a Trainer does so with processing_class=tokenizer)"
 )
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+TOKENIZER_FILES |= {"tekken.json", "tokenizer_config.json"}
 
 # %% ../../nbs/engine/checkpoints.ipynb #checkpoints-holds-2
 def check_holds_model(name: str | Path):  # a folder or a hub id
@@ -252,5 +253,5 @@ def check_holds_model(name: str | Path):  # a folder or a hub id
             "it holds an adapter only; load its base model, and then "
             "PeftModel.from_pretrained(base, folder).merge_and_unload()"
         )
-    if "config.json" in files and not files & {*TOKENIZER_FILES, "tokenizer_config.json"}:
+    if "config.json" in files and not files & TOKENIZER_FILES:
         raise SsahError(NO_TOKENIZER)

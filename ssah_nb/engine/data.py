@@ -191,8 +191,9 @@ def check_role(role: str, name: str):  # role: a parameter of `named_splits`; na
     if known.kind != kind:
         raise SsahError(f"{role}={name!r}: its rows are {known.kind}; give a source of {kind} ones")
     wanted = {"align_harmful": "align", "second_harmful": "evaluate"}.get(role)
-    if len(known.splits) == 1 and known.splits != (wanted,):
-        use = f"only to {known.splits[0]}"
+    only = len(known.splits) == 1 and not wanted
+    if only or (wanted and known.splits and wanted not in known.splits):
+        use = f"only to {' and '.join(known.splits)}"
         raise SsahError(f"{role}={name!r}: its rows are there {use}; give another source")
 
 # %% ../../nbs/engine/data.ipynb #095f24ba

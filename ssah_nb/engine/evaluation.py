@@ -12,8 +12,8 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from .generation import evaluating, generate
 from .inputs import as_pairs, as_prompts, as_responses, as_texts
 from .judges import DEFAULT_JUDGE, JUDGES, WINDOW, Judge, check_judge
 from .judges import check_refusal_judge, judged, reads_refusals
-from .intervals import Estimate, bootstrap_mean, exp_of, wilson
+from .intervals import Estimate, at_least_zero, bootstrap_mean, exp_of, wilson
 
 # %% ../../nbs/engine/evaluation.ipynb #ccf1a6ab
 from ssah_nb.engine.limits import (
@@ -135,7 +135,7 @@ def pair_losses(
 def exp_mean(losses: np.ndarray, seed: int) -> Estimate:  # losses: from `pair_losses`
     "exp of the mean loss per token, with a bootstrap over the rows; at least 1, maybe infinite."
     mean = bootstrap_mean(losses[:, 0], losses[:, 1], seed)
-    return exp_of(replace(mean, low=max(mean.low, 0.0)) if mean.low < 0 else mean)
+    return exp_of(at_least_zero(mean))
 
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-021
 def perplexity(
@@ -293,16 +293,18 @@ def save_completions(path: str | Path | None, **said: Iterable[tuple[str, str]])
 # %% ../../nbs/engine/evaluation.ipynb #evaluation-check-report
 def check_report(
     judge: Judge,  # of attacks
-    benign: list[dict],  # pairs
-    benign_responses: Sequence[str] | None,  # one to each
+    both: Iterable[tuple[list, Sequence[str] | None]],  # prompts, and a response to each or None
     max_perplexity: float | None,  # of coherence
     completions: str | Path | None,  # a file to write
+    **counts: int,  # each at least 1
 ):
     "Raise `SsahError` for what a report cannot use, before a model is asked."
+    check_counts(**counts)
     for one in (judge, *JUDGES):
         check_judge(one)
-    if benign_responses is not None:
-        as_responses(benign_responses, len(benign))
+    for asked, responses in both:
+        if responses is not None:
+            as_responses(responses, len(asked))
     if max_perplexity not in (None, math.inf):
         check_amounts(max_perplexity=max_perplexity)
     if completions is not None and Path(completions).is_dir():
@@ -333,12 +335,13 @@ def safety_report(
     attack_success_<name> by another one of `JUDGES`. Raises `SsahError`."""
     prompts, benign, dense = as_prompts(prompts), as_pairs(benign), dense_model or model
     check_limits(window=window, max_response=max_response)
-    check_report(judge, benign, benign_responses, max_perplexity, completions)
-    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    both = (prompts, responses), (benign, benign_responses)
+    sizes: dict[str, Any] = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_report(judge, both, max_perplexity, completions, **sizes)
     if max_perplexity is None:
         reference = dense, tokenizer, benign, max_new_tokens
         max_perplexity = coherence_threshold(*reference, system=system)
-    sizes = dict(system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    sizes["system"] = system
     responses = said_to(model, tokenizer, prompts, responses, **sizes)
     benign_responses = said_to(model, tokenizer, as_prompts(benign), benign_responses, **sizes)
     harmless = zip(as_prompts(benign), benign_responses)

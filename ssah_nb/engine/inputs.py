@@ -106,7 +106,8 @@ def check_order(given, what: str):  # what: what they are, for the error
     "Raise `SsahError` for what has no rows in an order."
     if isinstance(given, (set, frozenset)):
         raise SsahError(f"a set of {what} has no order; pass a list")
-    named = isinstance(given, str) and given.endswith((".json", ".jsonl", ".csv", ".parquet"))
+    one_word = isinstance(given, str) and not any(map(str.isspace, given))
+    named = one_word and given.endswith((".json", ".jsonl", ".csv", ".parquet"))
     if named or isinstance(given, (io.IOBase, Path)):
         raise SsahError(
             f"a file was given where a list of {what} is needed; read it, e.g. pandas.read_csv(...)"
@@ -176,7 +177,7 @@ def renamed(row: Mapping, name: str, part: str) -> str:  # name: a column that m
         return f"rename {name!r} to 'messages'"
     beside = [n for n in ("input", "inputs", "context") if n != name and row.get(n)]
     if part == "prompt" and beside:
-        return f"join {name!r} and {beside[0]!r} to {part!r}"
+        return f"join {' and '.join(map(repr, [name, *beside]))} to {part!r}"
     return f"rename {name!r} to {part!r}"
 
 # %% ../../nbs/engine/inputs.ipynb #cad78b83

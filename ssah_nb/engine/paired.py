@@ -76,7 +76,7 @@ def half_width(
 ) -> float:
     "h(α): how far an interval of the weighted mean reaches to either side."
     factors = (special.stdtrit(max(n - 1, 1), level / 2) for n in d.shape)
-    return math.sqrt(sum(t**2 * part for t, part in zip(factors, variances(d, w))))
+    return math.hypot(*(t * math.sqrt(part) for t, part in zip(factors, variances(d, w)) if part))
 
 # %% ../../nbs/engine/paired.ipynb #paired-010
 def draws_of(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:

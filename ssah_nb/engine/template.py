@@ -235,6 +235,7 @@ def chat_record(tokenizer: PreTrainedTokenizerBase) -> dict:  # with a chat temp
         "date": chat.date,
         "thinking": chat.thinking,
         "thought_closed_by_hand": bool(chat.closing),
+        "empty_thought_by_hand": bool(chat.empty),
         "system_turn": "its own" if chat.own_system else "opens the user's turn",
         "bos_added": bool(chat.bos),
     }

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .intervals import Estimate, exp, exp_of, wilson
+from .intervals import Estimate, at_least_zero, exp, exp_of, wilson
 from .paired import clustered_p, holm, mcnemar, paired_difference, paired_mean
 from .run import SsahError
 
@@ -112,7 +112,7 @@ def loss_columns(full: Cases, cases: Cases) -> dict[str, float]:
         losses = stacked(cases, f"{name}_losses")
         sums, tokens = losses[..., 0], losses[0, :, 1]
         of_all = measured(paired_difference, np.zeros(len(tokens)), sums, tokens)
-        row |= exp_of(of_all).columns(column)
+        row |= exp_of(at_least_zero(of_all)).columns(column)
         ratio = f"{column.removesuffix('_perplexity')}_ratio"
         if same:
             theirs, mine = (stacked(c, f"{name}_losses")[..., 0] for c in (same, ours))
@@ -132,7 +132,7 @@ RANDOM = ("random", "random_per_layer", "random_top_cu", "anchor_random")  # of 
 
 def is_control(way: str) -> bool:  # a key of `WAYS`
     "Whether the way is there to be compared with: it takes random units."
-    return way in RANDOM
+    return way in RANDOM or way in CONTROLS.values()
 
 
 def harmful_of_both(other: Cases, cases: Cases) -> tuple[np.ndarray, np.ndarray] | None:
