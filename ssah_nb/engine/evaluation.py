@@ -338,9 +338,8 @@ def safety_report(
     both = (prompts, responses), (benign, benign_responses)
     sizes: dict[str, Any] = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
     check_report(judge, both, max_perplexity, completions, **sizes)
-    if max_perplexity is None:
-        reference = dense, tokenizer, benign, max_new_tokens
-        max_perplexity = coherence_threshold(*reference, system=system)
+    reference = dense, tokenizer, benign, max_new_tokens
+    max_perplexity = max_perplexity or coherence_threshold(*reference, system=system)
     sizes["system"] = system
     responses = said_to(model, tokenizer, prompts, responses, **sizes)
     benign_responses = said_to(model, tokenizer, as_prompts(benign), benign_responses, **sizes)
