@@ -226,3 +226,12 @@ def test_what_follows_a_prompt_is_measured_after_an_empty_thought(measure):
     without = ask[measure]()
     ssah.chat_options(tokenizer, thinking=True)
     assert ask[measure]() == without
+
+
+def test_a_record_compares_with_those_of_earlier_files():
+    names = ("template", "variables", "date", "thinking", "thought_closed_by_hand")
+    names += ("system_turn", "bos_added")
+    assert set(chat_record(tiny_tokenizer())) == set(names)
+    tokenizer = with_template(THINKS)
+    ssah.chat_options(tokenizer, thinking=True)
+    assert set(chat_record(tokenizer)) == {*names, "empty_thought_by_hand"}

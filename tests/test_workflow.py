@@ -1,5 +1,6 @@
 """`make reproduce`: what it says to a wrong profile, and what is left of a run that was killed."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -122,6 +123,16 @@ def test_parameters_from_outside_win_and_are_checked(longer, project, monkeypatc
         monkeypatch.setenv("SSAH_PARAMETERS", said)
         with pytest.raises(profile_values.ProfileError, match=words):
             profile_values.profile_parameters(longer)
+
+
+@pytest.mark.slow
+def test_a_change_of_the_parameters_from_outside_runs_their_chapter_anew(project):
+    assert run(command(TARGET), project).returncode == 0
+    changed = os.environ | {"SSAH_PARAMETERS": '{"01_units": {"seed": 9}}'}
+    for _ in range(2):  # the second time there is nothing to do
+        assert run(command(TARGET), project, env=changed).returncode == 0
+    assert (project / "runs/01_units.csv").read_text().startswith("seed,device,mixed\n9,")
+    assert (project / "runs/order.txt").read_text().split() == ["00_start", "01_units", "01_units"]
 
 
 def test_a_chapter_that_no_rule_runs_is_refused(project):

@@ -229,13 +229,13 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:  # with a chat template
 def chat_record(tokenizer: PreTrainedTokenizerBase) -> dict:  # with a chat template
     "What is kept with a measurement, to tell by which template it was made."
     chat = chat_of(tokenizer)
-    return {
+    by_hand = {"empty_thought_by_hand": True} if chat.empty else {}  # older records have no such
+    return by_hand | {
         "template": sha256(chat.own.encode()).hexdigest(),
         "variables": dict(chat.variables),
         "date": chat.date,
         "thinking": chat.thinking,
         "thought_closed_by_hand": bool(chat.closing),
-        "empty_thought_by_hand": bool(chat.empty),
         "system_turn": "its own" if chat.own_system else "opens the user's turn",
         "bos_added": bool(chat.bos),
     }
