@@ -88,7 +88,7 @@ def read_settings(path: Path) -> dict:
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ProfileError(f"{path} holds no settings; write names and values, such as 'hub: true'")
     for name in settings.keys() & {"extends", "last"}:
-        if not isinstance(settings[name], str):
+        if not isinstance(settings[name], str | None):
             raise ProfileError(f"{path}: {name} is {settings[name]!r}; give one name")
     files = settings.get("model_files") or []
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):

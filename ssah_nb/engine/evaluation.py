@@ -25,7 +25,7 @@ from .chat import encode_pairs
 from .files import write_private
 from .forward import context_of
 from .generation import evaluating, generate
-from .inputs import as_pairs, as_prompts, as_responses, as_texts
+from .inputs import as_pairs, as_prompts, as_responses, as_system, as_texts
 from .judges import DEFAULT_JUDGE, JUDGES, WINDOW, Judge, check_judge
 from .judges import check_refusal_judge, judged, reads_refusals
 from .intervals import Estimate, at_least_zero, bootstrap_mean, exp_of, wilson
@@ -296,10 +296,12 @@ def check_report(
     both: Iterable[tuple[list, Sequence[str] | None]],  # prompts, and a response to each or None
     max_perplexity: float | None,  # of coherence
     completions: str | Path | None,  # a file to write
+    system: str | None,  # system prompt
     **counts: int,  # each at least 1
 ):
     "Raise `SsahError` for what a report cannot use, before a model is asked."
     check_counts(**counts)
+    as_system(system)
     for one in (judge, *JUDGES):
         check_judge(one)
     for asked, responses in both:
@@ -336,11 +338,10 @@ def safety_report(
     prompts, benign, dense = as_prompts(prompts), as_pairs(benign), dense_model or model
     check_limits(window=window, max_response=max_response)
     both = (prompts, responses), (benign, benign_responses)
-    sizes: dict[str, Any] = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    sizes: Any = dict(system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
     check_report(judge, both, max_perplexity, completions, **sizes)
     reference = dense, tokenizer, benign, max_new_tokens
     max_perplexity = max_perplexity or coherence_threshold(*reference, system=system)
-    sizes["system"] = system
     responses = said_to(model, tokenizer, prompts, responses, **sizes)
     benign_responses = said_to(model, tokenizer, as_prompts(benign), benign_responses, **sizes)
     harmless = zip(as_prompts(benign), benign_responses)
