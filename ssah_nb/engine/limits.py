@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'is_whole', 'check_counts', 'check_limits', 'check_seed', 'is_finite', 'check_amounts', 'check_shares',
-           'check_words', 'check_kind']
+           'entry_of', 'check_words', 'check_kind']
 
 # %% ../../nbs/engine/limits.ipynb #limits-003
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -60,6 +61,18 @@ def check_shares(**named: float):  # each from 0 to 1
             raise SsahError(
                 f"{name}={value!r} is not between 0 and 1; give a share, e.g. 0.01 for 1 %"
             )
+
+# %% ../../nbs/engine/limits.ipynb #limits-entry
+def entry_of(entries: Mapping, name: str, kind: type) -> Any:  # kind: `Way` of WAYS, ...
+    "An entry by its name. Raises `SsahError` for an unknown one, or another kind of thing."
+    called = kind.__name__.lower()
+    if name not in entries:
+        raise SsahError(f"unknown {called} {name!r}; use one of {', '.join(entries)}")
+    entry = entries[name]
+    if not isinstance(entry, kind):
+        what = f"{called.upper()}S[{name!r}] is a {type(entry).__name__}"
+        raise SsahError(f"{what}; make it a {kind.__name__}(...)")
+    return entry
 
 # %% ../../nbs/engine/limits.ipynb #5c1e0a92
 WORDS = {  # parameter of a chapter -> what it may name

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from .batches import TokenBatch
 from .experts import expert_columns, expert_rows, sizes
-from .limits import check_counts, check_kind, check_limits
+from .limits import check_counts, check_kind, check_limits, entry_of
 from .hub import Shared
 from .moments import Moments, statistics_files, statistics_of
 from .moments import sums_of_columns, sums_of_rows
@@ -108,12 +108,7 @@ METHODS["sn_tune"] = Method(
 # %% ../../nbs/engine/scores.ipynb #scores-method-of
 def method_of(name: str) -> Method:
     "A method by its name. Raises `SsahError` for an unknown one."
-    if name not in METHODS:
-        raise SsahError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
-    method = METHODS[name]
-    if not isinstance(method, Method):
-        raise SsahError(f"METHODS[{name!r}] is a {type(method).__name__}; make it a Method(...)")
-    return method
+    return entry_of(METHODS, name, Method)
 
 
 def one_each(found: Any, like: torch.Tensor, part: str) -> torch.Tensor:  # part: of a `Method`

@@ -29,7 +29,7 @@ from .experts import is_fused
 from .forward import context_of, copied
 from .holding import Constrained, HiddenAnchor, InputProjection, SafetyTrigger
 from .inputs import as_pairs
-from .limits import is_finite
+from .limits import entry_of, is_finite
 from .run import SsahError
 from .training import perplexity_as_trained
 
@@ -185,11 +185,7 @@ def check_change(way: str, name: str, value: Any):  # name: a key of CHANGES
 # %% ../../nbs/engine/ways.ipynb #split-21
 def way_of(name: str) -> Way:
     "A way by its name. Raises `SsahError` for an unknown one."
-    if name not in WAYS:
-        raise SsahError(f"unknown way {name!r}; use one of {', '.join(WAYS)}")
-    way = WAYS[name]
-    if not isinstance(way, Way):
-        raise SsahError(f"WAYS[{name!r}] is a {type(way).__name__}; make it a Way(...)")
+    way = entry_of(WAYS, name, Way)
     for part in ("freezes", "trains"):
         if getattr(way, part) is not None and not callable(getattr(way, part)):
             kind = type(getattr(way, part)).__name__
