@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 
 os.environ.setdefault("SSAH_PROGRESS", "0")  # before ssah_nb is imported
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what needs a GPU: benchmarks/gpu.sh
 sys.path.append(str(Path(__file__).parent.parent / "workflow"))  # its scripts can be imported
 LONGEST = ("test_smoke.py", "test_readme.py", "test_drill.py", "test_users_model.py")
 

@@ -3,6 +3,7 @@
 import copy
 import random
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -15,7 +16,8 @@ from ssah_nb.attribution import importance
 from ssah_nb.engine.batches import pad_batch, response_losses, token_batches
 from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.evaluation import pair_losses, perplexity
-from ssah_nb.engine.forward import context_of, needs_equal_prompts, reset_rotaries
+from ssah_nb.engine.forward import context_of, has_recurrent_state, needs_equal_prompts
+from ssah_nb.engine.forward import reset_rotaries
 from ssah_nb.engine.generation import greedy_tokens
 from ssah_nb.engine.models import ARCHITECTURES, TINY_SIZES, tiny_model, tiny_tokenizer
 from ssah_nb.engine.preferences import reference_margins
@@ -336,6 +338,14 @@ def test_dynamic_factors_are_forgotten():
     assert not torch.allclose(model(input_ids=ids).logits, first, atol=1e-3)  # transformers' own
     reset_rotaries(model)
     assert torch.equal(model(input_ids=ids).logits, first)
+
+
+@pytest.mark.parametrize("name", ["layer_types", "layers_block_type"])  # today's, and older
+@pytest.mark.parametrize("kind, recurrent", [("attention", False), ("recurrent", True)])
+def test_layers_are_known_by_both_names(name, kind, recurrent):
+    config = SimpleNamespace(**{name: ["attention", kind]})
+    config.get_text_config = lambda: config
+    assert has_recurrent_state(SimpleNamespace(config=config)) == recurrent
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
