@@ -94,7 +94,7 @@ def has_recurrent_state(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
     "Whether some layer does more than attend to all tokens, or to those of a window."
     config = model.config.get_text_config()
     names = "layer_types", "layers_block_type"  # of today's transformers, and of older ones
-    kinds = next((k for k in (getattr(config, n, None) for n in names) if k), [])
+    kinds: list = next((k for k in (getattr(config, n, None) for n in names) if k), [])
     plain = {"full_attention", "sliding_attention", "attention"}
     return not plain.issuperset(kinds) or getattr(model, "_is_stateful", False)
 
