@@ -64,7 +64,7 @@ class Method:
     score: Callable  # (moments, what `weigh` gave) -> [channels]
     source: str  # paper and equation
     needs_gradient: bool = False  # True: the signal is a function of X and ∂L/∂X
-    keeps_mean: bool = False  # True: the moments' mean is that of X, which `prune` can put in place
+    keeps_mean: bool = False  # True: the moments' mean is that of X, and `pruned` can put it there
 
 # %% ../../nbs/engine/scores.ipynb #d041bfaa
 METHODS = {
