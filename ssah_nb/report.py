@@ -11,7 +11,7 @@ from importlib import resources
 import pandas as pd
 
 from .engine.claims import LEFT_OUT, claims_of, is_left_out, measure, unit_of
-from .engine.drawings.report import in_words
+from .engine.drawings.report import in_words, side_in_words
 from .engine.run import SsahError
 
 # %% ../nbs/09_report.ipynb #09-report-017
@@ -105,4 +105,5 @@ def in_short(claims: pd.DataFrame) -> pd.DataFrame:  # from `judge`
     "The claims for reading, each with its number in words."
     numbers = zip(claims.measured, claims.low, claims.high, claims.unit)
     shown = claims.assign(**{"this run": [in_words(*number) for number in numbers]})
+    shown["claimed"] = [side_in_words(*side) for side in zip(claims.claimed, claims.unit)]
     return shown.set_index("claim")[["this run", "claimed", "verdict", "paper"]]

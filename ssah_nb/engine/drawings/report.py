@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL_SCALE', 'TICKS', 'UNIT_WORDS', 'COLOUR_OF', 'MARK_OF', 'EDGE', 'TITLES', 'PLURAL', 'FONT', 'COLUMNS', 'place',
-           'in_words', 'claimed_side', 'look', 'draw_interval', 'rows_of', 'draw_title', 'draw_words', 'draw_scales',
-           'draw_heads', 'draw_verdicts']
+           'in_words', 'side_in_words', 'claimed_side', 'look', 'draw_interval', 'rows_of', 'draw_title', 'draw_words',
+           'draw_scales', 'draw_heads', 'draw_verdicts']
 
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-002
 from typing import Any
@@ -68,6 +68,15 @@ def in_words(
         texts.append(f"{number:{sign}.{shown}f}".replace("-", "−"))
     ends = f"{texts[1]} to {texts[2]}" if low == low else "no interval"
     return f"{texts[0]}{UNIT_WORDS[unit]} ({ends})"
+
+# %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-side-2
+def side_in_words(claimed: str, unit: str) -> str:  # claimed: e.g. "within ± 0.1"
+    "The claimed side in the unit of `in_words`: within ± 10 points."
+    side, _, limit = claimed.rpartition(" ")
+    if limit in ("0", "tenth"):
+        return claimed
+    scale = 100 if unit in ("points", "share") else 1
+    return f"{side} {scale * float(limit):g}{UNIT_WORDS[unit]}"
 
 # %% ../../../nbs/engine/drawings/report.ipynb #drawings-report-010
 COLOUR_OF = {"holds": "#009E73", "open": "#555555", "fails": "#D55E00"}
