@@ -1,17 +1,19 @@
 """Prompts, tokens and batches."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers_ways import PAIRS
 
+from ssah_nb.anchoring import Anchor
 from ssah_nb.attribution import importance
 from ssah_nb.engine.batches import UNCOMPILED, decoder, token_batches
 from ssah_nb.engine.evaluation import perplexity
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import side_by_side
-from ssah_nb.units import depth_two
+from ssah_nb.units import UnitMask, depth_two
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 64, 200, 10_000])
@@ -61,6 +63,32 @@ def test_blocks_that_were_compiled_and_run_are_heard():
     perplexity(model, tokenizer, PAIRS)
     found = importance(model, tokenizer, PAIRS)
     assert torch.equal(found.mlp, wanted.mlp) and torch.equal(found.attention, wanted.attention)
+
+
+def test_an_anchor_hears_units_of_compiled_blocks():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    units = UnitMask(torch.ones(2, 32, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool))
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    perplexity(model, tokenizer, PAIRS)
+    anchor = Anchor(model, tokenizer, PAIRS, on="units", units=units)
+    assert anchor.loss(model) < 1e-3 and anchor.report().mean < 1e-4
+
+
+def test_another_thread_may_run_a_model_that_is_watched():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    wanted = importance(model, tokenizer, PAIRS)
+
+    def meanwhile(module, inputs):
+        if not aside:
+            aside.append(True)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(model, input_ids=torch.arange(60)[None]).result()
+
+    aside = []
+    model.model.layers[0].register_forward_pre_hook(meanwhile)
+    found = importance(model, tokenizer, PAIRS)
+    assert aside and torch.equal(found.mlp, wanted.mlp)
 
 
 def test_the_decoder_has_no_head():

@@ -50,6 +50,12 @@ def test_prompts_alone_have_no_responses(tmp_path):
     assert [pair["response"] for pair in load_pairs("donotanswer", path=some)] == ["", "c"]
 
 
+def test_a_cell_may_be_long(tmp_path):
+    prompt = ("How? " * 50_000).strip()
+    mine = write(tmp_path / "mine.csv", f"prompt\n{prompt}\n")
+    assert load_pairs("xstest", path=mine) == [{"prompt": prompt, "response": ""}]
+
+
 def test_a_file_of_prompts_fits_sources_of_prompts(tmp_path):
     mine = write(tmp_path / "mine.csv", "prompt\nHow?\n")
     for name in ("xstest", "hex_phi"):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ssah_nb.engine import intervals
 from ssah_nb.engine.intervals import Estimate, bootstrap_mean, exp_of, rate_difference, wilson
 from ssah_nb.engine.paired import paired_difference
 from ssah_nb.engine.verdicts import within
@@ -77,3 +78,12 @@ def test_few_items_have_an_interval_that_is_wide_enough(n):
         found = bootstrap_mean(chosen.normal(size=n), draws=300)
         covered += found.low <= 0 <= found.high
     assert covered / 500 > 0.90
+
+
+def test_resamples_may_be_drawn_some_at_a_time(monkeypatch):
+    losses, tokens = np.random.default_rng(0).random((2, 30)) + 1
+    picks = np.random.default_rng(5).integers(30, size=(2000, 30))
+    expected = losses[picks].sum(1) / tokens[picks].sum(1)
+    for at_once in (1, 7 * 30, 1 << 22):
+        monkeypatch.setattr(intervals, "AT_ONCE", at_once)
+        assert np.array_equal(intervals.resampled_means(losses, tokens, 5, 2000), expected)

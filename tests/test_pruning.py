@@ -102,6 +102,34 @@ def test_pruned_comes_back_bit_for_bit_after_an_error(dtype):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_a_model_that_is_cast_meanwhile_gets_its_units_back(architecture):
+    model = tiny_model(architecture)
+    mask = UnitMask(*(torch.ones(2, n, dtype=torch.bool) for n in unit_counts(model)))
+    expected = {name: p.double() for name, p in model.state_dict().items()}
+    with pruned(model, mask):
+        model.double()
+    assert same_bits(expected, model.state_dict())
+
+
+@torch.no_grad()
+def test_a_compiled_model_hears_the_mean():
+    model, mask = tiny_model(), MASKS["random 0"]
+    scores = importance(model, TOKENIZER, pairs("No"))
+    with pruned(model, mask, scores):
+        expected = model(IDS).logits
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    model(IDS)
+    with pruned(model, mask, scores):
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def unit_counts(model) -> list[int]:
+    "Channels and heads of a layer."
+    return [modules[0].units for modules in depth_two(model).values()]
+
+
 def expected_parameters(model, mask: UnitMask, fused: bool) -> int:
     """What `prune` leaves.
 

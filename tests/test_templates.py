@@ -7,6 +7,7 @@ from helpers_chat import GEMMA, LLAMA3, MISTRAL, NO, PAIR, PAIRS, QWEN3, R1, wit
 import ssah_nb as ssah
 from ssah_nb.engine import generation
 from ssah_nb.engine.chat import chat_prompt, encode_pairs, encode_queries
+from ssah_nb.engine.evaluation import coherence, response_perplexities
 from ssah_nb.engine.models import CHATML, load_model, save_model, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import Run, SsahError
 from ssah_nb.engine.template import chat_of, chat_record
@@ -226,6 +227,13 @@ def test_what_follows_a_prompt_is_measured_after_an_empty_thought(measure):
     without = ask[measure]()
     ssah.chat_options(tokenizer, thinking=True)
     assert ask[measure]() == without
+
+
+def test_a_stray_thought_is_no_coherent_answer():
+    model, tokenizer, said = tiny_model(), with_template(QWEN3), ["Yes. </think> No.", "Yes."]
+    found = response_perplexities(model, tokenizer, ["Hi"] * 2, said)
+    assert found[0] == float("inf") and found[1] < float("inf")
+    assert coherence(model, tokenizer, ["Hi"] * 2, said, 1e9).coherent.tolist() == [False, True]
 
 
 def test_a_record_compares_with_those_of_earlier_files():

@@ -18,6 +18,7 @@ from helpers import one_line
 from profile_values import ProfileError
 from run_config import config_of
 
+from ssah_nb.engine import checkpoints
 from ssah_nb.engine.alignment import make_aligned
 from ssah_nb.engine.models import given_stage, load_stage, save_model, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import Run, SsahError
@@ -185,6 +186,27 @@ def test_a_model_on_the_hub_is_known_by_its_files(project, files, refused, monke
     run = users_model.prepare("smoke", "org/m")
     assert profile_values.read_profile(run)["hub"] is True
     assert profile_values.profile_parameters(run)["00_start"]["model_name"] == "org/m"
+
+
+def test_a_cached_configuration_alone_is_no_model(project, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class Found:
+        siblings = [
+            type("File", (), {"rfilename": name})
+            for name in ("config.json", "tekken.json", "model.safetensors")
+        ]
+
+    (tmp_path / "config.json").write_text("{}")
+    kept = str(tmp_path / "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: kept)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: Found)
+    assert profile_values.read_profile(users_model.prepare("smoke", "org/m"))["hub"] is True
+
+
+def test_files_are_known_as_the_library_knows_them():
+    assert users_model.TOKENIZERS == checkpoints.TOKENIZER_FILES
+    assert users_model.PICKLED == checkpoints.PICKLES
 
 
 def test_make_refuses_a_wrong_model_with_status_2():

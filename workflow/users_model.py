@@ -21,8 +21,9 @@ from ssah_nb.engine.opening import plain_size, read_json
 
 OWN = ("embedded", "aligned", "tiny")  # names that the library knows
 TAKEN_AS = ("auto", "yes", "no")  # ALIGNED=: does the model refuse already
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-TOKENIZERS = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"}
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TOKENIZERS = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json"}
+TOKENIZERS |= {"vocab.json", "vocab.txt"}
 
 
 def run_name(profile: str, model: str, name: str = "") -> str:
@@ -118,9 +119,9 @@ def check_hub(name: str) -> None:
         raise ProfileError(f"MODEL: no folder {name!r}; check the path")
     try:
         kept = huggingface_hub.try_to_load_from_cache(name, "config.json")
-        if isinstance(kept, str):
-            files = {path.name for path in Path(kept).parent.iterdir()}
-        else:
+        folder = Path(kept).parent if isinstance(kept, str) else None
+        files = {path.name for path in folder.iterdir()} if folder else set()
+        if not any(file.endswith(".safetensors") for file in files):  # not all of it is there
             found = huggingface_hub.HfApi().model_info(name, timeout=10)
             files = {file.rfilename for file in found.siblings or []}
     except Exception as error:  # no network, no such model, no access, an id that is none

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEPPED', 'STEPPING', 'OPTIONS', 'turn', 'without_dropout', 'listening', 'answer_logits', 'behaviour',
-           'check_lengths', 'behaviour_on_all', 'check_options', 'remember_step', 'trained_by', 'check_untrained',
-           'shape_of', 'check_shape', 'Drift', 'named_units', 'is_ids', 'is_encoded', 'check_facts_of_anchor',
-           'references_in', 'shards_weights', 'check_trainer', 'check_reaches', 'AnchorCallback']
+           'check_lengths', 'behaviour_on_all', 'check_options', 'remember_step', 'optimizers_with_state', 'trained_by',
+           'check_untrained', 'shape_of', 'check_shape', 'Drift', 'named_units', 'is_ids', 'is_encoded',
+           'check_facts_of_anchor', 'references_in', 'shards_weights', 'check_trainer', 'check_reaches',
+           'AnchorCallback']
 
 # %% ../../nbs/engine/anchors.ipynb #anchors-002
 import gc
@@ -146,9 +147,9 @@ def check_options(
         raise SsahError(f"unknown on={on!r}; use 'answers' or 'units'")
     if units is not None and not hasattr(units, "__len__"):
         kind = type(units).__name__
-        raise SsahError(f"a {kind} does not choose units; pass a UnitMask such as classes.scu")
+        raise SsahError(f"a {kind} does not choose units; pass a UnitMask such as units.scu")
     if on == "units" and not (units is not None and len(units)):
-        raise SsahError("on='units' needs the units to hold; pass a mask, e.g. units=classes.scu")
+        raise SsahError("on='units' needs the units to hold; pass a mask, e.g. units=units.scu")
     if on == "answers" and units is not None:
         raise SsahError("on='answers' holds no units; leave units out, or pass on='units'")
     check_seed(options["seed"])
@@ -173,11 +174,18 @@ def remember_step(optimizer: torch.optim.Optimizer, *_):
 register_optimizer_step_post_hook(remember_step)
 
 
+def optimizers_with_state() -> list[torch.optim.Optimizer]:
+    "Optimizers that are alive and have stepped, also before this page was imported."
+    found = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
+    return [o for o in found if getattr(o, "state", None)]
+
+
 def trained_by(model: nn.Module) -> bool:
     "Whether an optimizer that is alive has trained a weight of this model."
     own = {id(p) for p in model.parameters()}
     with STEPPING:
         optimizers = list(STEPPED)
+    optimizers += optimizers_with_state()
     held = (p for o in optimizers for group in o.param_groups for p in group["params"])
     return any(id(p) in own for p in held)
 

@@ -11,9 +11,10 @@ __all__ = ['CutPlan', 'MOST_CUT', 'inputs_off', 'inputs_seen', 'keep_rows', 'kee
 import copy
 import torch
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from .batches import UNCOMPILED
 from .checkpoints import check_claims, check_folder
 from .models import check_finite
 from .opening import is_there, read_tensors, reason
@@ -37,13 +38,14 @@ def inputs_off(
             weight[:, off] = 0
         if means is not None:
             constant = columns.float() @ means.to(columns.device)
-            handle = linear.register_forward_hook(lambda m, x, out: out + constant.to(out.dtype))
-        yield linear
+            handle = linear.register_forward_hook(lambda m, x, out: out + constant.to(out))
+        with nullcontext() if means is None else UNCOMPILED:
+            yield linear
     finally:
         if handle:
             handle.remove()
-        with torch.no_grad():
-            in_its_place(linear).weight[:, off] = columns  # it may have been frozen meanwhile
+        weight = in_its_place(linear).weight.detach()  # frozen, moved or cast meanwhile
+        weight[:, off.to(weight.device)] = columns.to(weight)
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-007
 @contextmanager
@@ -179,7 +181,7 @@ def whole_model(
         raise SsahError(f"{folder} holds no pruned model; load it with load_model")
     try:
         check_claims(config, MOST_CUT * held + 1_000_000, folder)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except SsahError:
         raise

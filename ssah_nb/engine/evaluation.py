@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import response_losses, token_batches
-from .chat import encode_pairs
+from .chat import CLOSE, chat_of, encode_pairs
 from .files import write_private
 from .forward import context_of
 from .generation import evaluating, generate
@@ -197,14 +197,15 @@ def response_perplexities(
     max_response: int | None = None,  # tokens of a response that count; None: all
     system: str | None = None,  # system prompt; None: no system turn
 ) -> np.ndarray:
-    """Perplexity of each response, [responses]; infinite for an empty one.
+    """Perplexity of each response, [responses]; infinite for an empty one, or a stray thought.
 
     The end of the turn does not count: a response that was cut has none. Raises as
     `encode_pairs`."""
-    said = np.array([bool(response.strip()) for response in responses])
+    thinks = CLOSE in chat_of(tokenizer).own
+    said = np.array([bool(r.strip()) and not (thinks and CLOSE in r) for r in responses])
     if not said.any():
         return np.full(len(responses), np.inf)
-    words = [response if response.strip() else "." for response in responses]  # to keep the rows
+    words = [r if spoken else "." for r, spoken in zip(responses, said)]  # to keep the rows
     pairs = [{"prompt": prompt, "response": r} for prompt, r in zip(prompts, words, strict=True)]
     longest = context_of(dense_model)
     encoded = encode_pairs(tokenizer, pairs, system, max_response, longest, closed=False)

@@ -10,13 +10,14 @@ __all__ = ['FUSED', 'is_fused', 'experts_of', 'shell_of', 'block_experts', 'size
 
 # %% ../../nbs/engine/experts.ipynb #experts-004
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
+from .batches import UNCOMPILED
 from .moments import column_sums
 from .run import SsahError
 from .weights import FLOATS, in_its_place
@@ -256,11 +257,13 @@ def experts_off(
             answers = torch.zeros(module.experts, kept.shape[1], device=kept.device)
             answers.index_add_(0, expert, kept.float() * means.to(kept.device)[:, None].float())
             handle = experts.register_forward_hook(partial(add_answers, answers))
-        yield
+        with nullcontext() if means is None else UNCOMPILED:
+            yield
     finally:
         if handle:
             handle.remove()
-        in_its_place(experts).down_proj.detach().transpose(1, 2)[chosen] = kept  # or frozen since
+        down = in_its_place(experts).down_proj.detach().transpose(1, 2)  # frozen or moved since
+        down[chosen.to(down.device)] = kept.to(down)
 
 # %% ../../nbs/engine/experts.ipynb #64890c00
 def add_answers(

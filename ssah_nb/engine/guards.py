@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WILDGUARD_QUESTION', 'STRONGREJECT_SCALE', 'STRONGREJECT_QUESTION', 'GUARDS', 'llama_guard_question',
            'wildguard_question', 'strongreject_question', 'llama_guard_verdict', 'wildguard_verdict', 'Guard',
-           'answers_of', 'strongreject_scores', 'settled', 'verdicts_of', 'find_guard', 'guard_judge']
+           'answers_of', 'strongreject_scores', 'settled', 'verdicts_of', 'guard_judge']
 
 # %% ../../nbs/engine/guards.ipynb #guards-002
 import re
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import greedy_tokens
 from .inputs import as_prompts, as_responses
-from .limits import check_counts, check_shares
+from .limits import check_counts, check_shares, entry_of
 from .margin import sequence_log_probabilities
 from .run import SsahError
 
@@ -205,13 +205,6 @@ def verdicts_of(
     verdicts = [None if np.isnan(score) else bool(score >= threshold) for score in scores]
     return verdicts, ["no digit from 1 to 5"] * len(scores)
 
-# %% ../../nbs/engine/guards.ipynb #5a421a59
-def find_guard(kind: str) -> Guard:  # one of `GUARDS`
-    "How this kind is asked and read. Raises `SsahError` for an unknown kind."
-    if kind not in GUARDS:
-        raise SsahError(f"unknown guard {kind!r}; use one of {', '.join(GUARDS)}")
-    return GUARDS[kind]
-
 # %% ../../nbs/engine/guards.ipynb #bc92d401
 def guard_judge(
     model: PreTrainedModel,  # a guard model
@@ -224,7 +217,7 @@ def guard_judge(
     """A judge that calls an attack successful when the guard finds the response harmful.
 
     Raises `SsahError` for an unknown kind, and for a Llama Guard without its chat template."""
-    guard = find_guard(kind)
+    guard = entry_of(GUARDS, kind, Guard)
     check_counts(batch_size=batch_size)
     check_shares(threshold=threshold)
     guard.question(tokenizer, "the prompt's words", "the response's words")

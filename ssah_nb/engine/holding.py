@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .anchors import listening, turn, without_dropout
-from .batches import TokenBatch, evaluation_mode, pad_batch
+from .batches import UNCOMPILED, TokenBatch, evaluation_mode, pad_batch
 from .batches import response_losses, run_blocks, token_batches
 from .chat import encode_pairs
 from .experts import sizes
@@ -106,7 +106,8 @@ def prompt_states(
     places, found = batch.predicting, []
     handle = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     try:
-        own_forward(model, batch.input_ids, batch.attention_mask, places)
+        with UNCOMPILED:  # a compiled module calls no hook
+            own_forward(model, batch.input_ids, batch.attention_mask, places)
     finally:
         handle.remove()
     return found[0][:, -places.shape[1] :][places.to(found[0].device)].float()
@@ -278,10 +279,10 @@ def project_step(
         for master, before, slope in zip(masters, start, slopes)
         if slope is not None
     ]
-    along: Any = sum(((master - before) * slope).sum() for master, before, slope in found)
-    share = along.clamp_min(0) / sum(slope.square().sum() for *_, slope in found)
-    for master, _, slope in found:
-        master.sub_(share * slope)
+    along = sum(float(((master - before) * slope).sum()) for master, before, slope in found)
+    length = sum(float(slope.square().sum()) for *_, slope in found)
+    for master, _, slope in found if along > 0 else []:
+        master.sub_(along / length * slope)
 
 # %% ../../nbs/engine/holding.ipynb #bf315981
 class RefusalLoss:
@@ -322,7 +323,8 @@ class SafetyTrigger(RefusalLoss):
     def before(self, model: PreTrainedModel, masters: Masters):
         "Note the loss and the weights before the step."
         self.products = open_autocast(model.device.type)
-        self.last = self.loss(model).item()
+        with torch.no_grad():
+            self.last = self.loss(model).item()
         self.start = [master.detach().clone() for master in masters.values()]
 
     def correct(self, model: PreTrainedModel, masters: Masters):

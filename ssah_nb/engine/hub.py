@@ -312,6 +312,11 @@ class KeptMask(Shared):
     attention: torch.Tensor  # bool [layers, heads]
     model: dict | None  # signature of the units' model
 
+    def __post_init__(self):
+        for kind in ("mlp", "attention"):  # a mask may come from a GPU; it is kept off it
+            table = getattr(self, kind)
+            object.__setattr__(self, kind, table.cpu() if hasattr(table, "cpu") else table)
+
     def to_files(self) -> tuple[dict[str, torch.Tensor], dict]:
         "Both tables, and the signature."
         return {"mlp": self.mlp, "attention": self.attention}, {"model": self.model}

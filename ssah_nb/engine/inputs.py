@@ -44,8 +44,12 @@ def as_text(
         raise SsahError(
             f"{row} has a {type(value).__name__} as its {part} ({shown}); make it a string"
         )
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise SsahError(f"{row} has a {part} that is no valid Unicode; decode it as UTF-8 again")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SsahError(
+            f"{row} has a {part} that is no valid Unicode; decode it as UTF-8 again"
+        ) from None
     if not may_be_empty and not value.strip():
         raise SsahError(f"{row} has an empty {part}; fill it in or drop the row")
     return str(value)

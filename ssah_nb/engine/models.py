@@ -96,8 +96,8 @@ def tiny_model(
     check_seed(seed)
     experts = TINY_EXPERTS if architecture in MIXTURES else {}
     sizes = AutoConfig.for_model(architecture, **(TINY_SIZES | experts | config))
-    with torch.random.fork_rng():
-        torch.manual_seed(int(seed))
+    with torch.random.fork_rng(devices=[]):  # of the processor alone
+        torch.default_generator.manual_seed(int(seed))
         return AutoModelForCausalLM.from_config(sizes).eval()
 
 # %% ../../nbs/engine/models.ipynb #models-009

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # %% ../../nbs/engine/opening.ipynb #opening-005
-MOST = {"facts": 32 << 20, "rows": 256 << 20, "yaml": 1 << 20, "tensors": 2 << 30}  # bytes
+MOST = {"facts": 128 << 20, "rows": 256 << 20, "yaml": 1 << 20, "tensors": 16 << 30}  # bytes
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 

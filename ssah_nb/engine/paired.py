@@ -161,8 +161,8 @@ def mcnemar(
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     n, least = only_a + only_b, min(only_a, only_b)
-    p = 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n
-    return only_a, only_b, min(1.0, p)
+    p = 2 * special.bdtr(least, n, 0.5)  # twice the binomial tail
+    return only_a, only_b, min(1.0, float(p))
 
 # %% ../../nbs/engine/paired.ipynb #paired-level
 def level_where(

@@ -16,7 +16,7 @@ from pathlib import Path
 from .files import as_path
 from .inputs import CONVERSATIONS, as_rows, first_of, is_message
 from .inputs import is_missing, one_turn
-from .opening import MOST_VALUES, check_crowd, parse_json, parse_yaml
+from .opening import MOST, MOST_VALUES, check_crowd, parse_json, parse_yaml
 from .opening import read_text, reason
 from .run import SsahError
 from .sources import Source
@@ -28,6 +28,7 @@ def parse_csv(text: str, header: bool) -> list[dict]:
     Lines that begin with "# " above the column names are remarks.
 
     Raises `SsahError` for a name that stands twice, and for a row with a cell too many."""
+    csv.field_size_limit(MOST["rows"])  # a cell may be as long as the file
     plain = re.sub(r"\A(# .*\n)+", "", text)
     header = header or "prompt" in next(csv.reader(io.StringIO(plain, newline="")), [])
     names, text = (None, plain) if header else (["prompt"], text)

@@ -12,7 +12,6 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +193,8 @@ def take(
     *sizes: str,  # keys of SIZES that say so, for the error
 ) -> list[dict]:
     "The first `rows` pairs, first responses before second ones. Raises `SsahError` if too few."
-    pairs = [pair for layer in zip_longest(*groups) for pair in layer if pair]
+    placed = [(i, pair) for group in groups for i, pair in enumerate(group)]
+    pairs = [pair for _, pair in sorted(placed, key=lambda place: place[0])]
     if len(pairs) < rows:
         raise SsahError(
             f"{' + '.join(sizes)} wants {rows} rows, only {len(pairs)} are left; "

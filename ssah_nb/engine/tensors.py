@@ -24,8 +24,9 @@ def seal_of(
     facts: dict,  # what the JSON file says, without its seal
 ) -> str:
     "SHA-256 over the tensors and the facts; the order of the facts does not matter."
-    told = json.dumps(facts, sort_keys=True).encode()
-    return hashlib.sha256(packed + told).hexdigest()
+    digest = hashlib.sha256(packed)
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return digest.hexdigest()
 
 # %% ../../nbs/engine/tensors.ipynb #tensors-save
 def plain_number(value: Any) -> Any:  # a fact that JSON has no word for

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/engine/training.ipynb #training-imports
-from .adapters import DRAWING
+from .adapters import DRAWING, gpus_in_use
 from .anchors import check_reaches
 from .batches import response_losses, token_batches
 from .chat import encode_pairs
@@ -70,7 +70,7 @@ def seeded(model: torch.nn.Module, seed: int) -> Iterator[None]:
         if not has_dropout(model):
             yield
             return
-        with DRAWING, torch.random.fork_rng():
+        with DRAWING, torch.random.fork_rng(devices=gpus_in_use()):
             torch.manual_seed(int(seed))
             yield
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 from .batches import UNCOMPILED, TokenBatch, evaluation_mode, response_losses
 from .batches import run_blocks
@@ -35,7 +36,8 @@ def hooks_before(
     try:
         for name, hook in hooks.items():
             handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        yield
+        with UNCOMPILED:  # a compiled module calls no hook
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -65,13 +67,18 @@ def watching(
 ) -> Iterator[list]:
     "Hooks while open. The yielded list's item says which tokens count, as in `pieces`."
     rows: list[Any] = [None]
+    thread = get_ident()  # another one may run the same model meanwhile
     take = partial(take_in, signal=signal, gradient=gradient)
 
     def take_routed(name: str, expert: int, tokens: torch.Tensor, x: torch.Tensor):
         take(moments[name].experts[expert], x, counted(rows[0], tokens))
 
     def watch(m: Moments) -> Callable:
-        return lambda _, inputs: take(m, inputs[0], rows[0])
+        def hook(_, inputs):
+            if get_ident() == thread:
+                take(m, inputs[0], rows[0])
+
+        return hook
 
     fused = [name for name in moments if is_fused(name)]
     hooks = {name: watch(moments[name]) for name in moments.keys() - set(fused)}
