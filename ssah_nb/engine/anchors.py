@@ -179,7 +179,7 @@ def optimizers_with_state() -> list[torch.optim.Optimizer]:
     found = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
     return [o for o in found if getattr(o, "state", None)]
 
-
+# %% ../../nbs/engine/anchors.ipynb #anchors-trained-by
 def trained_by(model: nn.Module) -> bool:
     "Whether an optimizer that is alive has trained a weight of this model."
     own = {id(p) for p in model.parameters()}

@@ -98,7 +98,7 @@ def has_recurrent_state(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
     plain = {"full_attention", "sliding_attention", "attention"}
     return not plain.issuperset(kinds) or getattr(model, "_is_stateful", False)
 
-
+# %% ../../nbs/engine/forward.ipynb #forward-equal-prompts
 def needs_equal_prompts(model: PreTrainedModel) -> bool:  # PEFT-wrapped or not
     "Whether padding on the left of a prompt may change what the model makes of it."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
