@@ -9,8 +9,11 @@ from helpers_ways import PAIRS
 
 from ssah_nb.anchoring import Anchor
 from ssah_nb.attribution import importance
-from ssah_nb.engine.batches import UNCOMPILED, decoder, token_batches
+from ssah_nb.engine.batches import UNCOMPILED, apart, decoder, pad_batch
+from ssah_nb.engine.batches import response_losses, token_batches
+from ssah_nb.engine.chat import encode_pairs
 from ssah_nb.engine.evaluation import perplexity
+from ssah_nb.engine.holding import HiddenAnchor
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import side_by_side
 from ssah_nb.units import UnitMask, depth_two
@@ -73,6 +76,24 @@ def test_an_anchor_hears_units_of_compiled_blocks():
     perplexity(model, tokenizer, PAIRS)
     anchor = Anchor(model, tokenizer, PAIRS, on="units", units=units)
     assert anchor.loss(model) < 1e-3 and anchor.report().mean < 1e-4
+
+
+@pytest.mark.parametrize("hold", [Anchor, HiddenAnchor])
+def test_a_long_refusal_beside_short_ones_is_no_drift(hold):
+    tokenizer = tiny_tokenizer()
+    stretched = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+    model = tiny_model(max_position_embeddings=64, rope_parameters=stretched)
+    for layer in model.model.layers:  # attention that looks at positions
+        layer.self_attn.q_proj.weight.data *= 3
+        layer.self_attn.k_proj.weight.data *= 3
+    rows = [{"prompt": "Open it. " * n, "response": "No, I will not."} for n in (1, 2, 3, 9)]
+    anchor = hold(model, tokenizer, rows, prompts=4, seed=1)
+    assert anchor.loss(model).item() < 1e-4
+    batch = pad_batch(encode_pairs(tokenizer, rows, max_response=4), [0, 1, 2, 3])
+    with torch.no_grad():
+        together = response_losses(model, batch)
+        (each,) = apart(model, batch, lambda part: [response_losses(model, part)])
+    assert (together - each).abs().max() > 0.001  # so it matters who runs beside whom
 
 
 def test_another_thread_may_run_a_model_that_is_watched():

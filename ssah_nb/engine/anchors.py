@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 # %% ../../nbs/engine/anchors.ipynb #anchors-imports-2
 from transformers import PreTrainedModel, TrainerCallback
 
-from .batches import TokenBatch, run_blocks, token_batches
+from .batches import TokenBatch, apart, run_blocks, token_batches
 from .forward import config_of, context_of, own_forward
 from .generation import evaluating
 from .limits import check_seed, is_finite, is_whole
@@ -102,11 +102,15 @@ def behaviour(
     batch: TokenBatch,  # refusals
 ) -> list[torch.Tensor]:
     "Before each response token: [response tokens, channels] of each B, or the answers' logits."
-    if not channels:
-        return [answer_logits(model, batch)]
-    with listening(model, channels, batch.predicting) as heard:
-        run_blocks(model, batch)
-    return [heard[name] for name in channels]
+
+    def run(part: TokenBatch) -> list[torch.Tensor]:
+        if not channels:
+            return [answer_logits(model, part)]
+        with listening(model, channels, part.predicting) as heard:
+            run_blocks(model, part)
+        return [heard[name] for name in channels]
+
+    return apart(model, batch, run)
 
 # %% ../../nbs/engine/anchors.ipynb #998e36aa
 def check_lengths(model: PreTrainedModel, encoded: list[tuple[list[int], list[int]]]):

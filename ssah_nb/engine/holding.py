@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .anchors import listening, turn, without_dropout
-from .batches import UNCOMPILED, TokenBatch, evaluation_mode, pad_batch
+from .batches import UNCOMPILED, TokenBatch, apart, evaluation_mode, pad_batch
 from .batches import response_losses, run_blocks, token_batches
 from .chat import encode_pairs
 from .experts import sizes
@@ -145,7 +145,8 @@ class HiddenAnchor:
         rows = turn(self.step, len(self.encoded), self.prompts, self.seed)
         self.step += 1
         with without_dropout(model):
-            now = prompt_states(model, pad_batch(self.encoded, rows, model.device))
+            batch = pad_batch(self.encoded, rows, model.device)
+            (now,) = apart(model, batch, lambda part: [prompt_states(model, part)])
         return self.weight * (now - self.before[rows].to(now.device)).square().mean()
 
 # %% ../../nbs/engine/holding.ipynb #holding-011
@@ -306,7 +307,8 @@ class RefusalLoss:
         "Mean loss of the response tokens of this step's refusals, nats."
         rows = turn(self.steps, len(self.encoded), self.prompts, self.seed)
         with without_dropout(model):
-            return response_losses(model, pad_batch(self.encoded, rows, model.device)).mean()
+            batch = pad_batch(self.encoded, rows, model.device)
+            return apart(model, batch, lambda part: [response_losses(model, part)])[0].mean()
 
 # %% ../../nbs/engine/holding.ipynb #holding-015
 def open_autocast(where: str) -> torch.autocast:  # a device type
