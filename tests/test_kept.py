@@ -219,9 +219,20 @@ def test_a_killed_write_leaves_the_old_file_and_the_next_one_tidies_up(save, run
     after = content(run.folder.parent.parent)
     assert before.items() < after.items()  # the old files, and parts
     made = after.keys() - before.keys()
-    assert all(re.search(rf"\.{child}-\d+(\.old)?\.part", name) for name in made)
+    assert all(re.search(rf"\.{child}-\d+@\w+(\.old)?\.part", name) for name in made)
     save(run, 0)
     assert content(run.folder.parent.parent) == before
+
+
+def test_parts_of_another_machine_stay(tmp_path, monkeypatch):
+    child = killed_while(lambda: write_atomic(tmp_path / "a", b"1"))
+    (part,) = tmp_path.iterdir()
+    monkeypatch.setattr(files, "HOST", "another")
+    write_atomic(tmp_path / "a", b"2")
+    assert part.exists() and str(child) in part.name
+    monkeypatch.undo()
+    write_atomic(tmp_path / "a", b"3")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_an_interrupt_leaves_no_part(tmp_path, monkeypatch):
