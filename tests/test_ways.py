@@ -352,3 +352,14 @@ def test_memory_counts_wherever_it_is_held():
     outer[0].before = held
     assert held_bytes([outer], nothing) == held.nbytes + 8
     assert held_bytes([outer, outer[0], held], outer) == 0
+
+
+def test_a_closure_may_hold_what_has_no_value_yet():
+    held = torch.ones(3)
+
+    def brings():
+        return held, later
+
+    assert held_bytes(brings, nn.Linear(2, 2)) == held.nbytes
+    later = None
+    assert brings() == (held, later)

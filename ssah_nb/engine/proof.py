@@ -21,6 +21,7 @@ from .experts import broken_experts, same_answer
 from .opening import reason
 from .run import SsahError
 from .sharded import refuse_sharded
+from .weights import FLOATS
 from torch import nn
 
 # %% ../../nbs/engine/proof.ipynb #proof-pass
@@ -284,8 +285,7 @@ def can_run(model: nn.Module, modules: list) -> bool:  # modules: its `DepthTwo`
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         return False
     every = (model.get_submodule(m.b) for m in modules)
-    ordinary = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    return all(b.weight.dtype in ordinary for b in every if type(b) is nn.Linear)
+    return all(b.weight.dtype in FLOATS for b in every if type(b) is nn.Linear)
 
 # %% ../../nbs/engine/proof.ipynb #3a1aaae7
 @torch.no_grad()

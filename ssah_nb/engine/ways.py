@@ -26,7 +26,7 @@ from .adapters import check_same_linears, project_updates
 from .batches import TokenBatch, token_batches
 from .chat import encode_pairs
 from .experts import is_fused
-from .forward import context_of, copied
+from .forward import EMPTY, context_of, copied
 from .holding import Constrained, HiddenAnchor, InputProjection, SafetyTrigger
 from .inputs import as_pairs
 from .limits import entry_of, is_finite
@@ -375,7 +375,7 @@ def contents_of(thing: Any) -> list:
     if inspect.ismethod(thing):
         return [thing.__self__]
     if inspect.isfunction(thing):
-        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != EMPTY]
         return [*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
     no_data = isinstance(thing, type | ModuleType | PreTrainedTokenizerBase)
     return [] if no_data else list(getattr(thing, "__dict__", {}).values())
