@@ -28,7 +28,7 @@ PART = re.compile(  # what is on its way
 )
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # this machine, or container
 
-
+# %% ../../nbs/engine/files.ipynb #files-own-name
 def own_name(path: Path) -> str:  # path: of a file or a folder
     "A hidden name that only this thread of this process on this machine uses."
     return f".{path.name}.{os.getpid()}-{get_ident()}@{HOST}"
