@@ -1,5 +1,7 @@
 """Anchored trainings that are taken up again, and anchors that cannot work."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import one_line
@@ -7,6 +9,7 @@ from helpers_freezing import arguments, half
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from ssah_nb import Anchor, SsahError, UnitMask, finetune, freeze
+from ssah_nb.engine import anchors
 from ssah_nb.engine.models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -119,3 +122,17 @@ def test_the_state_of_the_same_mask_is_taken_up():
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     optimizer.step()
+
+
+def test_a_training_that_began_before_anchors_were_imported_is_noticed(monkeypatch):
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(9)[None]).logits.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    monkeypatch.setattr(anchors, "STEPPED", weakref.WeakSet())
+    refusals = [{"prompt": "Open it", "response": "No."}]
+    with pytest.raises(SsahError, match="training of this model has begun"):
+        Anchor(model, tiny_tokenizer(), refusals)
+    del optimizer
+    Anchor(model, tiny_tokenizer(), refusals)

@@ -44,8 +44,9 @@ def inputs_off(
     finally:
         if handle:
             handle.remove()
-        weight = in_its_place(linear).weight.detach()  # frozen, moved or cast meanwhile
-        weight[:, off.to(weight.device)] = columns.to(weight)
+        weight = in_its_place(linear).weight  # frozen, moved or cast meanwhile
+        with torch.no_grad():
+            weight[:, off.to(weight.device)] = columns.to(weight)
 
 # %% ../../nbs/engine/cutting.ipynb #cutting-007
 @contextmanager
