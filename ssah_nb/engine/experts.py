@@ -152,14 +152,18 @@ def run_seen(
 ) -> torch.Tensor:  # [tokens, hidden size]
     "What the experts compute, one after the other; each X is shown, [1, routed tokens, channels]."
     result, see = torch.zeros_like(hidden_states), vars(experts).get("ssah_see", lambda *_: None)
-    for expert in range(len(experts.down_proj)):
-        tokens, places = torch.where(top_k_index == expert)
-        if not len(tokens):
+    chosen, each = top_k_index.flatten(), top_k_index.shape[1]
+    every = range(len(experts.down_proj))
+    counts = chosen.bincount(minlength=len(every)).tolist()  # a GPU is asked once
+    for expert, places in zip(every, chosen.argsort(stable=True).split(counts)):
+        if not len(places):
             continue
+        tokens = places // each
         state = hidden_states[None, tokens]
         x = experts._apply_gate(F.linear(state, experts.gate_up_proj[expert]))
         see(expert, tokens, x)
-        y = F.linear(x, experts.down_proj[expert])[0] * top_k_weights[tokens, places, None]
+        weights = top_k_weights.flatten()[places, None]
+        y = F.linear(x, experts.down_proj[expert])[0] * weights
         result.index_add_(0, tokens, y.to(result.dtype))
     return result
 
