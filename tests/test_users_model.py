@@ -18,7 +18,6 @@ from helpers import one_line
 from profile_values import ProfileError
 from run_config import config_of
 
-from ssah_nb.engine import checkpoints
 from ssah_nb.engine.alignment import make_aligned
 from ssah_nb.engine.models import given_stage, load_stage, save_model, tiny_model, tiny_tokenizer
 from ssah_nb.engine.run import Run, SsahError
@@ -202,11 +201,6 @@ def test_a_cached_configuration_alone_is_no_model(project, tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: kept)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: Found)
     assert profile_values.read_profile(users_model.prepare("smoke", "org/m"))["hub"] is True
-
-
-def test_files_are_known_as_the_library_knows_them():
-    assert users_model.TOKENIZERS == checkpoints.TOKENIZER_FILES
-    assert users_model.PICKLED == checkpoints.PICKLES
 
 
 def test_make_refuses_a_wrong_model_with_status_2():

@@ -17,13 +17,10 @@ from one_run import write_whole
 from profile_values import ProfileError, profile_path, read_settings
 
 from ssah_nb.engine.opening import MOST_HEADER, open_plain, parse_json
-from ssah_nb.engine.opening import plain_size, read_json
+from ssah_nb.engine.opening import PICKLES, TOKENIZERS, plain_size, read_json
 
 OWN = ("embedded", "aligned", "tiny")  # names that the library knows
 TAKEN_AS = ("auto", "yes", "no")  # ALIGNED=: does the model refuse already
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TOKENIZERS = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json"}
-TOKENIZERS |= {"vocab.json", "vocab.txt"}
 
 
 def run_name(profile: str, model: str, name: str = "") -> str:
@@ -78,7 +75,7 @@ def check_weights(files: set[str], where: str) -> None:
         )
     if any(file.endswith(".safetensors") for file in files):
         return
-    pickled = sorted(file for file in files if file.endswith(PICKLED))
+    pickled = sorted(file for file in files if file.endswith(PICKLES))
     if pickled:
         raise ProfileError(
             f"MODEL: {where} has its weights pickled only ({pickled[0]}), and a pickle can run "

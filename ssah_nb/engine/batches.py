@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNIT_NEEDS', 'UNCOMPILED', 'TokenBatch', 'pad_batch', 'token_batches', 'alike_rows', 'part_of_batch', 'apart',
-           'decoder', 'response_losses', 'run_blocks', 'evaluation_mode', 'Uncompiled']
+           'decoder', 'response_losses', 'run_blocks', 'evaluation_mode', 'Uncompiled', 'hook_after']
 
 # %% ../../nbs/engine/batches.ipynb #batches-002
 from collections.abc import Callable, Iterator
@@ -188,3 +188,20 @@ class Uncompiled:
 
 
 UNCOMPILED = Uncompiled()
+
+# %% ../../nbs/engine/batches.ipynb #batches-hook-2
+@contextmanager
+def hook_after(
+    module: nn.Module,  # of any model
+    hook: Callable | None,  # (module, inputs, output) -> output; None: nothing is changed
+) -> Iterator[None]:
+    "While open, the hook changes what the module returns, also where modules are compiled."
+    if hook is None:
+        yield
+        return
+    handle = module.register_forward_hook(hook)
+    try:
+        with UNCOMPILED:
+            yield
+    finally:
+        handle.remove()

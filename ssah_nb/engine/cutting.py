@@ -11,10 +11,10 @@ __all__ = ['CutPlan', 'MOST_CUT', 'inputs_off', 'inputs_seen', 'keep_rows', 'kee
 import copy
 import torch
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from .batches import UNCOMPILED
+from .batches import UNCOMPILED, hook_after
 from .checkpoints import check_claims, check_folder
 from .models import check_finite
 from .opening import is_there, read_tensors, reason
@@ -31,19 +31,17 @@ def inputs_off(
     means: torch.Tensor | None = None,  # [inputs that are off], constants to put in their place
 ) -> Iterator[nn.Linear]:
     "A linear that reads 0, or a constant, where an input is off."
-    weight, off, handle = linear.weight, off.to(linear.weight.device), None
+    weight, off, hook = linear.weight, off.to(linear.weight.device), None
     columns = weight.detach()[:, off].clone()
+    if means is not None:
+        constant = columns.float() @ means.to(columns.device)
+        hook = lambda m, x, out: out + constant.to(out)
     try:
         with torch.no_grad():
             weight[:, off] = 0
-        if means is not None:
-            constant = columns.float() @ means.to(columns.device)
-            handle = linear.register_forward_hook(lambda m, x, out: out + constant.to(out))
-        with nullcontext() if means is None else UNCOMPILED:
+        with hook_after(linear, hook):
             yield linear
     finally:
-        if handle:
-            handle.remove()
         weight = in_its_place(linear).weight  # frozen, moved or cast meanwhile
         with torch.no_grad():
             weight[:, off.to(weight.device)] = columns.to(weight)
@@ -56,7 +54,8 @@ def inputs_seen(linears: list[nn.Linear]) -> Iterator[list[torch.Tensor]]:
     note = lambda linear, inputs: seen.append(inputs[0].detach())
     handles = [linear.register_forward_pre_hook(note) for linear in linears]
     try:
-        yield seen
+        with UNCOMPILED:  # a compiled module calls no hook
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -10,14 +10,14 @@ __all__ = ['FUSED', 'is_fused', 'experts_of', 'shell_of', 'block_experts', 'size
 
 # %% ../../nbs/engine/experts.ipynb #experts-004
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
-from .batches import UNCOMPILED
+from .batches import hook_after
 from .moments import column_sums
 from .run import SsahError
 from .weights import FLOATS, in_its_place
@@ -250,22 +250,20 @@ def experts_off(
     means: torch.Tensor | None = None,  # [units that are off], constants to put in their place
 ) -> Iterator[None]:
     "Experts that read 0, or a constant, where a channel is off."
-    experts, handle = whole_experts(model, module.b), None
+    experts, hook = whole_experts(model, module.b), None
     columns = experts.down_proj.detach().transpose(1, 2)  # [experts, channels, hidden]
     chosen = off.view(module.experts, -1).to(columns.device)
     kept = columns[chosen]
+    if means is not None:
+        expert = chosen.nonzero()[:, 0]
+        answers = torch.zeros(module.experts, kept.shape[1], device=kept.device)
+        answers.index_add_(0, expert, kept.float() * means.to(kept.device)[:, None].float())
+        hook = partial(add_answers, answers)
     try:
         columns[chosen] = 0
-        if means is not None:
-            expert = chosen.nonzero()[:, 0]
-            answers = torch.zeros(module.experts, kept.shape[1], device=kept.device)
-            answers.index_add_(0, expert, kept.float() * means.to(kept.device)[:, None].float())
-            handle = experts.register_forward_hook(partial(add_answers, answers))
-        with nullcontext() if means is None else UNCOMPILED:
+        with hook_after(experts, hook):
             yield
     finally:
-        if handle:
-            handle.remove()
         down = in_its_place(experts).down_proj.detach().transpose(1, 2)  # frozen or moved since
         down[chosen.to(down.device)] = kept.to(down)
 

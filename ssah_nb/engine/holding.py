@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BETAS', 'ENERGY', 'ROOM', 'constrained_losses', 'key_of', 'losses_before', 'betas_of', 'Constrained', 'prompt_states',
-           'states_before', 'HiddenAnchor', 'leading_directions', 'same_input', 'in_portions', 'input_squares',
-           'directions_of', 'master_of', 'along', 'InputProjection', 'project_step', 'RefusalLoss', 'open_autocast',
-           'SafetyTrigger', 'gradient_copy', 'unit_means', 'unit_gradients']
+           'states_of', 'states_before', 'HiddenAnchor', 'leading_directions', 'same_input', 'in_portions',
+           'input_squares', 'directions_of', 'master_of', 'along', 'InputProjection', 'project_step', 'RefusalLoss',
+           'open_autocast', 'SafetyTrigger', 'gradient_copy', 'unit_means', 'unit_gradients']
 
 # %% ../../nbs/engine/holding.ipynb #holding-002
 from collections.abc import Iterable, Iterator
@@ -113,14 +113,20 @@ def prompt_states(
     return found[0][:, -places.shape[1] :][places.to(found[0].device)].float()
 
 # %% ../../nbs/engine/holding.ipynb #1c376bd6
-def states_before(
-    model: PreTrainedModel,  # the aligned model
+def states_of(
+    model: PreTrainedModel,  # a causal language model
     encoded: list[tuple[list[int], list[int]]],  # pairs with one token of their response
+    rows: list[int],  # which of them
 ) -> torch.Tensor:
-    "The state of each prompt, [prompts, hidden size]."
+    "The state of each of these prompts, [rows, hidden size]."
+    batch = pad_batch(encoded, rows, model.device)
+    return apart(model, batch, lambda part: [prompt_states(model, part)])[0]
+
+
+def states_before(model: PreTrainedModel, encoded: list) -> torch.Tensor:
+    "The state of each prompt under the aligned model, [prompts, hidden size]."
     with evaluating(model):
-        rows = (pad_batch(encoded, [row], model.device) for row in range(len(encoded)))
-        return torch.cat([prompt_states(model, batch) for batch in rows])
+        return torch.cat([states_of(model, encoded, [row]) for row in range(len(encoded))])
 
 # %% ../../nbs/engine/holding.ipynb #5d00050d
 class HiddenAnchor:
@@ -145,8 +151,7 @@ class HiddenAnchor:
         rows = turn(self.step, len(self.encoded), self.prompts, self.seed)
         self.step += 1
         with without_dropout(model):
-            batch = pad_batch(self.encoded, rows, model.device)
-            (now,) = apart(model, batch, lambda part: [prompt_states(model, part)])
+            now = states_of(model, self.encoded, rows)
         return self.weight * (now - self.before[rows].to(now.device)).square().mean()
 
 # %% ../../nbs/engine/holding.ipynb #holding-011
